@@ -1,4 +1,48 @@
 //! What every vhost-user daemon of this workspace is made of.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`cli`] | the flags that all daemons share, and `--print-capabilities` |
+//! | [`socket`] | the socket that the front end connects to: listened on, inherited, or handed over by systemd |
+//! | [`serve`](mod@serve) | the life of a daemon: accept, serve, listen again, end in order |
+//! | `link` | the front end's connection: relays to the stock crates, and answers what they refuse |
+//! | `backend` | a [`Device`] as the stock crates want it: worker threads, started, drained, stopped |
+//! | [`device`] | what a daemon implements: [`Device`] and [`Worker`] |
+//! | [`ring`] | a queue as a worker uses it: batches of chains, batches of used entries, notifications |
+//! | [`chain`] | a descriptor chain as checked iovecs into guest memory |
+//! | [`dirty`] | the dirty log of live migration |
+//! | [`log`](mod@log) | set-up of the logger, and macros for what a guest can trigger |
+//!
+//! A daemon parses its flags, opens what it serves, and calls [`serve()`].
+
+mod backend;
+pub mod chain;
 pub mod cli;
+pub mod device;
+pub mod dirty;
+mod link;
 pub mod log;
+mod memory;
+pub mod ring;
+pub mod serve;
 pub mod socket;
+mod sys;
+mod vring;
+
+pub use crate::chain::Chain;
+pub use crate::device::{Device, Progress, Worker};
+pub use crate::link::ConfigNotifier;
+pub use crate::ring::Ring;
+pub use crate::serve::{ServeOptions, serve};
+
+use vhost::vhost_user::message::VhostUserVirtioFeatures;
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+/// The ring features that this crate serves for every device: VERSION_1, INDIRECT_DESC and EVENT_IDX.
+pub const RING_FEATURES: u64 =
+    1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
+
+/// The feature bits that belong to vhost-user, not to the device.
+const TRANSPORT_FEATURES: u64 =
+    VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() | VhostUserVirtioFeatures::LOG_ALL.bits();

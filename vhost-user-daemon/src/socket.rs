@@ -1,1 +1,298 @@
-//! (being written)
+//! The socket on which a daemon meets its front end: created at a path, inherited, or handed over by systemd.
+//!
+//! [`Socket::open`] implements the socket part of "Backend program conventions" in QEMU's
+//! `docs/interop/vhost-user.rst`. The three sources end in one of two states: the daemon listens and front ends may
+//! come and go, or it has one connection and ends with it.
+
+mod inherited;
+mod lock;
+mod path;
+mod sys;
+
+use std::ffi::OsString;
+use std::fmt;
+use std::io;
+use std::ops::Deref;
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use crate::cli::CommonArgs;
+pub use sys::{InheritError, inherited_fd};
+
+/// What a daemon got to meet its front end. Both kinds are in blocking mode and are closed on `exec`.
+#[derive(Debug)]
+pub enum Socket {
+    /// Front ends connect to this socket.
+    Listening(Listener),
+    /// The one front end is connected already.
+    Connected(UnixStream),
+}
+
+impl Socket {
+    /// Opens the socket that the command line names, or the one that systemd passed (`sd_listen_fds(3)`) if it
+    /// names none.
+    ///
+    /// Call it once, before other files are opened and before the sandbox closes.
+    pub fn open(args: &CommonArgs) -> Result<Self, SocketError> {
+        if let Some(path) = &args.socket_path {
+            return path::listen(path, args.socket_group.as_deref()).map(Self::Listening);
+        }
+        let fd = match args.fd {
+            Some(fd) => Some(fd),
+            None => inherited::listen_fd(|name| std::env::var_os(name), std::process::id())?,
+        };
+        inherited::open(fd.ok_or(SocketError::NoSource)?)
+    }
+}
+
+/// For the log: names the path where there is one.
+impl fmt::Display for Socket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Listening(Listener {
+                claim: Some(claim), ..
+            }) => write!(f, "socket {}", claim.path().display()),
+            Self::Listening(_) => f.write_str("inherited listening socket"),
+            Self::Connected(_) => f.write_str("inherited connection"),
+        }
+    }
+}
+
+/// A listening socket, used as the [`UnixListener`] that it derefs to.
+///
+/// Dropping one that was created at a path removes the socket and its lock file, unless something else has taken
+/// the place of either. An inherited socket belongs to whoever made it, and nothing is removed.
+#[derive(Debug)]
+pub struct Listener {
+    // Dropped before the listener: as long as that is open, its inode number cannot be given to another file, and
+    // "is the file at the path still ours" has a reliable answer.
+    claim: Option<path::Claim>,
+    listener: UnixListener,
+}
+
+impl Listener {
+    /// The path at which the socket was created; `None` for an inherited one.
+    pub fn path(&self) -> Option<&Path> {
+        self.claim.as_ref().map(path::Claim::path)
+    }
+
+    /// The directory from which the socket and the lock file are removed in the end, as an `O_PATH` descriptor.
+    ///
+    /// The removal goes through this descriptor, so it works in another mount namespace or after `chdir`. A
+    /// Landlock sandbox must allow to remove files and sockets in it.
+    pub fn directory(&self) -> Option<BorrowedFd<'_>> {
+        self.claim.as_ref().map(path::Claim::directory)
+    }
+}
+
+/// Wraps a listener that somebody else cleans up after.
+impl From<UnixListener> for Listener {
+    fn from(listener: UnixListener) -> Self {
+        Self {
+            claim: None,
+            listener,
+        }
+    }
+}
+
+impl Deref for Listener {
+    type Target = UnixListener;
+
+    fn deref(&self) -> &UnixListener {
+        &self.listener
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+/// Why there is no socket.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    /// Neither a flag nor systemd names a socket.
+    #[error("No socket is given: use --socket-path or --fd, or start the daemon from a systemd socket unit")]
+    NoSource,
+
+    /// The path does not fit into a socket address.
+    #[error(
+        "Socket path {} has {} bytes, the system allows {}: choose a shorter --socket-path",
+        path.display(), path.as_os_str().len(), path::MAX_PATH
+    )]
+    PathTooLong {
+        /// The path of the socket.
+        path: PathBuf,
+    },
+
+    /// The path ends in `/`, `.` or `..`, so it can only be a directory.
+    #[error("Socket path {} names a directory: append a file name", path.display())]
+    NoFileName {
+        /// The path of the socket.
+        path: PathBuf,
+    },
+
+    /// The directory of the path is missing.
+    #[error("Directory {} does not exist: create it or choose another --socket-path", directory.display())]
+    NoDirectory {
+        /// The directory of the socket.
+        directory: PathBuf,
+    },
+
+    /// The directory of the path is not usable.
+    #[error("Cannot use directory {} for the socket", directory.display())]
+    Directory {
+        /// The directory of the socket.
+        directory: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+
+    /// The lock file next to the socket cannot be created, opened or locked.
+    #[error(
+        "Cannot lock {}: let the daemon write to it and to its directory, or choose another --socket-path",
+        lock.display()
+    )]
+    Lock {
+        /// The path of the lock file.
+        lock: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+
+    /// A live process serves the path.
+    #[error("Socket {} is in use by {user}: stop that or choose another --socket-path", path.display())]
+    InUse {
+        /// The path of the socket.
+        path: PathBuf,
+        /// Who uses it, as far as that is known.
+        user: String,
+    },
+
+    /// Something that is not a socket stands at the path.
+    #[error("{} is a {kind}, not a socket: remove it or choose another --socket-path", path.display())]
+    Occupied {
+        /// The path of the socket.
+        path: PathBuf,
+        /// What stands there.
+        kind: &'static str,
+    },
+
+    /// It cannot be found out whether somebody listens on the socket at the path.
+    #[error(
+        "Cannot find out whether existing socket {} is in use: if it is not, remove it; otherwise choose another \
+         --socket-path",
+        path.display()
+    )]
+    Probe {
+        /// The path of the socket.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+
+    /// The socket that a killed daemon left behind cannot be removed.
+    #[error("Cannot remove unused socket {}", path.display())]
+    RemoveStale {
+        /// The path of the socket.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+
+    /// The socket cannot be created or listened on.
+    #[error("Cannot listen on socket {}", path.display())]
+    Listen {
+        /// The path of the socket.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+
+    /// No group has the name.
+    #[error("Group {group} does not exist: create it or choose another --socket-group")]
+    NoGroup {
+        /// The value of `--socket-group`.
+        group: String,
+    },
+
+    /// The group database does not answer.
+    #[error("Cannot look up group {group}")]
+    GroupLookup {
+        /// The value of `--socket-group`.
+        group: String,
+        /// Why.
+        source: io::Error,
+    },
+
+    /// The socket cannot be given to the group.
+    #[error(
+        "Cannot give socket {} to group {group}: run the daemon as root or as a member of the group",
+        path.display()
+    )]
+    Group {
+        /// The path of the socket.
+        path: PathBuf,
+        /// The value of `--socket-group`.
+        group: String,
+        /// Why.
+        source: io::Error,
+    },
+
+    /// An environment variable of systemd's socket activation is not a number.
+    #[error("Environment variable {name} is {value:?}, not a number: unset it or use --socket-path or --fd")]
+    ListenVariable {
+        /// `LISTEN_PID` or `LISTEN_FDS`.
+        name: &'static str,
+        /// Its value.
+        value: OsString,
+    },
+
+    /// Systemd passed more than one socket.
+    #[error(
+        "systemd passed {count} sockets (LISTEN_FDS), the daemon serves one: leave one ListenStream= in its socket \
+         unit"
+    )]
+    ListenCount {
+        /// How many.
+        count: u32,
+    },
+
+    /// The number is not that of an inherited file descriptor.
+    #[error(transparent)]
+    Inherit(#[from] InheritError),
+
+    /// The descriptor is not a socket.
+    #[error("File descriptor {fd} is not a socket: pass a UNIX stream socket")]
+    NotSocket {
+        /// The number of the file descriptor.
+        fd: RawFd,
+    },
+
+    /// The descriptor is a socket of another family or type.
+    #[error("File descriptor {fd} is another kind of socket: pass a UNIX stream socket")]
+    WrongSocket {
+        /// The number of the file descriptor.
+        fd: RawFd,
+    },
+
+    /// The socket does nothing yet.
+    #[error(
+        "File descriptor {fd} is a socket that neither listens nor is connected: call listen or connect first"
+    )]
+    Idle {
+        /// The number of the file descriptor.
+        fd: RawFd,
+    },
+
+    /// The descriptor cannot be examined.
+    #[error("Cannot use file descriptor {fd} as the socket")]
+    Descriptor {
+        /// The number of the file descriptor.
+        fd: RawFd,
+        /// Why.
+        source: io::Error,
+    },
+}

@@ -1,0 +1,285 @@
+//! One queue of a disk: pop, parse, execute, finish.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use vhost_user_daemon::{Chain, Progress, Ring, Worker, warn_limited};
+use zerocopy::{FromZeros, IntoBytes};
+
+use crate::device::Disk;
+use crate::image::{Engine, EngineChoice, EngineError, Job, Operation, Range};
+use crate::request::{self, Header, Limits, MAX_SEGMENTS, Request, Segment, Status};
+
+/// Data moved in the worker's own thread before the guest is told of what is done so far, in bytes.
+const PUBLISH_AFTER: u64 = 512 << 10;
+
+/// Serves one queue of a [`Disk`].
+pub struct BlkWorker {
+    disk: Arc<Disk>,
+    limits: Limits,
+    engine: Engine<Box<Task>>,
+    depth: usize,
+    /// Tasks that are not in use, with the memory that their chains have allocated.
+    spare: Vec<Box<Task>>,
+    popped: Vec<Box<Task>>,
+    done: Vec<(Box<Task>, io::Result<()>)>,
+}
+
+/// A chain on its way through the worker.
+#[derive(Debug, Default)]
+pub struct Task {
+    chain: Chain,
+    step: Step,
+    ranges: Vec<Range>,
+    durable: bool,
+}
+
+/// What is to be done with a chain.
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    /// Execute this.
+    Execute(Request),
+    /// Answer with this status.
+    Finish(Status),
+    /// There is no place for a status: give it back as it is.
+    Return,
+}
+
+impl Default for Step {
+    fn default() -> Self {
+        Self::Return
+    }
+}
+
+impl Job for Box<Task> {
+    fn operation(&self) -> Operation<'_> {
+        let durable = self.durable;
+        match self.step {
+            Step::Execute(Request::In { offset }) => Operation::Read {
+                offset,
+                buffers: self.chain.writable(),
+            },
+            Step::Execute(Request::Out { offset }) => Operation::Write {
+                offset,
+                buffers: self.chain.readable(),
+                durable,
+            },
+            Step::Execute(Request::Discard) => Operation::Discard {
+                ranges: &self.ranges,
+                durable,
+            },
+            Step::Execute(Request::WriteZeroes) => Operation::WriteZeroes {
+                ranges: &self.ranges,
+                durable,
+            },
+            // The others never reach the engine; a flush does no harm.
+            _ => Operation::Flush,
+        }
+    }
+}
+
+impl Task {
+    /// Splits header and status off the chain, and says what is to be done with it.
+    fn parse(&mut self, limits: &Limits) -> Step {
+        if self.chain.take_last_byte().is_err() {
+            return Step::Return;
+        }
+        let mut header = Header::new_zeroed();
+        if self.chain.read(header.as_mut_bytes()).is_err() {
+            return Step::Finish(Status::IoError);
+        }
+        let parsed = request::parse(
+            &header,
+            self.chain.readable_len(),
+            self.chain.writable_len(),
+            limits,
+        )
+        .and_then(|request| match request {
+            Request::Discard | Request::WriteZeroes => self.parse_segments(request, limits).map(|()| request),
+            _ => Ok(request),
+        });
+        match parsed {
+            Ok(Request::Discard | Request::WriteZeroes) if self.ranges.is_empty() => Step::Finish(Status::Ok),
+            Ok(request) => Step::Execute(request),
+            Err(status) => Step::Finish(status),
+        }
+    }
+
+    fn parse_segments(&mut self, request: Request, limits: &Limits) -> Result<(), Status> {
+        let mut segments = [Segment::new_zeroed(); MAX_SEGMENTS as usize];
+        // `request::parse` has checked the length.
+        let count = self.chain.readable_len() as usize / size_of::<Segment>();
+        let segments = &mut segments[..count];
+        self.chain
+            .read(segments.as_mut_bytes())
+            .map_err(|_| Status::IoError)?;
+        request::parse_segments(request, segments, limits, &mut self.ranges)
+    }
+
+    /// Bytes that are moved.
+    fn data_len(&self) -> u64 {
+        match self.step {
+            Step::Execute(Request::In { .. }) => self.chain.writable_len(),
+            Step::Execute(Request::Out { .. }) => self.chain.readable_len(),
+            _ => 0,
+        }
+    }
+}
+
+impl BlkWorker {
+    /// A worker for a queue of at most `queue_size` descriptors.
+    pub fn new(disk: Arc<Disk>, choice: EngineChoice, queue_size: u16) -> Result<Self, EngineError> {
+        Ok(Self {
+            limits: disk.limits(),
+            engine: Engine::new(Arc::clone(disk.image()), choice, queue_size)?,
+            disk,
+            depth: queue_size.into(),
+            spare: Vec::new(),
+            popped: Vec::new(),
+            done: Vec::new(),
+        })
+    }
+
+    /// Pops what is available, as far as there is room, and parses it.
+    fn pop(&mut self, ring: &mut Ring) {
+        let mut room = self.depth - self.engine.in_flight();
+        let Some(mut batch) = ring.batch() else { return };
+        let durable = self.disk.is_write_through();
+        while room > 0 {
+            let mut task = self.spare.pop().unwrap_or_default();
+            if !batch.pop(&mut task.chain) {
+                self.spare.push(task);
+                return;
+            }
+            task.durable = durable;
+            task.step = task.parse(&self.limits);
+            self.popped.push(task);
+            room -= 1;
+        }
+    }
+
+    /// Executes what was popped, or hands it to the engine.
+    fn execute(&mut self, ring: &mut Ring) {
+        let alone = self.popped.len() == 1 && self.engine.in_flight() == 0;
+        let mut popped = std::mem::take(&mut self.popped);
+        let mut moved = 0;
+        for task in popped.drain(..) {
+            match task.step {
+                Step::Return => self.give_back(task, 0, ring),
+                Step::Finish(status) => self.finish(task, status, 0, ring),
+                Step::Execute(Request::GetId) => {
+                    let written = task.chain.write(self.disk.serial());
+                    self.finish(task, Status::Ok, written as u64, ring);
+                }
+                Step::Execute(_) => {
+                    let len = task.data_len();
+                    if let Some((task, result)) = self.engine.start(task, alone) {
+                        self.complete(task, result, ring);
+                        moved += len;
+                    }
+                    if moved >= PUBLISH_AFTER {
+                        ring.publish();
+                        moved = 0;
+                    }
+                }
+            }
+        }
+        self.popped = popped;
+        self.engine.submit();
+    }
+
+    /// Finishes what the engine has done; `false` if there was nothing.
+    fn reap(&mut self, ring: &mut Ring) -> bool {
+        let mut done = std::mem::take(&mut self.done);
+        self.engine.reap(&mut done);
+        let any = !done.is_empty();
+        for (task, result) in done.drain(..) {
+            self.complete(task, result, ring);
+        }
+        self.done = done;
+        any
+    }
+
+    /// Turns the result of I/O into a status.
+    fn complete(&mut self, task: Box<Task>, result: io::Result<()>, ring: &mut Ring) {
+        match result {
+            Ok(()) => {
+                let written = if let Step::Execute(Request::In { .. }) = task.step {
+                    task.data_len()
+                } else {
+                    0
+                };
+                self.finish(task, Status::Ok, written, ring);
+            }
+            Err(error) => {
+                warn_limited!("{} failed: {error}", Description(&task));
+                self.finish(task, Status::IoError, 0, ring);
+            }
+        }
+    }
+
+    /// Writes the status and completes the chain: the one way out for every request that has a place for a status.
+    /// `written` bytes of data lie before it.
+    fn finish(&mut self, task: Box<Task>, status: Status, written: u64, ring: &mut Ring) {
+        task.chain.log_written(written, ring.dirty_log());
+        task.chain.write_last_byte(status as u8, ring.dirty_log());
+        self.give_back(task, written as u32 + 1, ring);
+    }
+
+    fn give_back(&mut self, mut task: Box<Task>, used_len: u32, ring: &mut Ring) {
+        ring.complete(task.chain.head(), used_len);
+        task.chain.clear();
+        task.ranges.clear();
+        self.spare.push(task);
+    }
+}
+
+impl Worker for BlkWorker {
+    fn pass(&mut self, ring: &mut Ring) -> Progress {
+        let reaped = self.reap(ring);
+        self.pop(ring);
+        let popped = !self.popped.is_empty();
+        if popped {
+            self.execute(ring);
+            // Reads from the page cache are done by now.
+            self.reap(ring);
+        }
+        if reaped || popped {
+            Progress::Busy
+        } else {
+            Progress::Idle
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.engine.in_flight()
+    }
+
+    fn wait(&mut self, timeout: Duration) {
+        self.engine.wait(timeout);
+    }
+
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.engine.event_fd()
+    }
+}
+
+/// A task as a person reads it.
+struct Description<'a>(&'a Task);
+
+impl std::fmt::Display for Description<'_> {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let len = self.0.data_len();
+        match self.0.step {
+            Step::Execute(Request::In { offset }) => write!(formatter, "Reading {len} bytes at {offset}"),
+            Step::Execute(Request::Out { offset }) => write!(formatter, "Writing {len} bytes at {offset}"),
+            Step::Execute(Request::Discard) => write!(formatter, "Discarding {} ranges", self.0.ranges.len()),
+            Step::Execute(Request::WriteZeroes) => {
+                write!(formatter, "Zeroing {} ranges", self.0.ranges.len())
+            }
+            _ => formatter.write_str("Flushing"),
+        }
+    }
+}

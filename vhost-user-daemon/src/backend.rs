@@ -1,0 +1,218 @@
+//! Joins a [`Device`] to `vhost-user-backend`: one worker thread for each queue, started, drained and stopped here.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use vhost_user_backend::VhostUserBackend;
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
+
+use crate::TRANSPORT_FEATURES;
+use crate::device::{Device, Progress, Worker};
+use crate::dirty::DirtyLog;
+use crate::memory::SharedMemory;
+use crate::ring::Ring;
+use crate::vring::Vring;
+
+/// How long one wait for requests in flight lasts before the deadline is looked at again.
+const WAIT_SLICE: Duration = Duration::from_millis(100);
+
+/// The back end of one connection.
+pub(crate) struct Backend<D: Device> {
+    device: Arc<D>,
+    memory: SharedMemory,
+    log: Arc<DirtyLog>,
+    /// Set once, at the end of the connection: nothing is popped any more.
+    stopped: Arc<AtomicBool>,
+    queues: Vec<Mutex<Queue<D::Worker>>>,
+    exit_events: Mutex<Vec<RawFd>>,
+}
+
+/// A worker, and its ring once the ring was looked at for the first time.
+struct Queue<W> {
+    worker: W,
+    ring: Option<Ring>,
+}
+
+impl<W: Worker> Queue<W> {
+    fn pass(&mut self) -> Progress {
+        let Some(ring) = &mut self.ring else {
+            return Progress::Idle;
+        };
+        let progress = self.worker.pass(ring);
+        ring.publish();
+        progress
+    }
+
+    /// Completes all that is in flight; `false` if `deadline` came first.
+    fn drain(&mut self, deadline: Option<Instant>) -> bool {
+        loop {
+            self.pass();
+            if self.worker.in_flight() == 0 {
+                return true;
+            }
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return false;
+            }
+            self.worker.wait(WAIT_SLICE);
+        }
+    }
+}
+
+impl<D: Device> Backend<D> {
+    /// The back end for a new connection of `device`, with a fresh worker for each queue.
+    pub fn new(device: Arc<D>, memory: SharedMemory, log: Arc<DirtyLog>) -> io::Result<Self> {
+        device.reset();
+        let queues = (0..device.num_queues())
+            .map(|index| {
+                Ok(Mutex::new(Queue {
+                    worker: device.new_worker(index)?,
+                    ring: None,
+                }))
+            })
+            .collect::<io::Result<_>>()?;
+        Ok(Self {
+            device,
+            memory,
+            log,
+            stopped: Arc::default(),
+            queues,
+            exit_events: Mutex::default(),
+        })
+    }
+
+    /// Calls `register` with the number of each queue and the file descriptor that its worker wants watched.
+    pub fn register_event_fds(
+        &self,
+        mut register: impl FnMut(usize, BorrowedFd<'_>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        for index in 0..self.queues.len() {
+            if let Some(fd) = self.queue(index).worker.event_fd() {
+                register(index, fd)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Pops nothing more, and completes what is in flight; `false` if something is left at the deadline.
+    pub fn stop(&self, deadline: Option<Instant>) -> bool {
+        self.stopped.store(true, Ordering::SeqCst);
+        // All queues, also when the first is late.
+        (0..self.queues.len()).fold(true, |done, index| self.queue(index).drain(deadline) && done)
+    }
+
+    /// The eventfds whose ownership `vhost-user-backend` dropped: it registers the raw number and never closes it.
+    pub fn take_exit_events(&self) -> Vec<RawFd> {
+        std::mem::take(&mut *self.exit_events.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn queue(&self, index: usize) -> MutexGuard<'_, Queue<D::Worker>> {
+        self.queues[index].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<D: Device> VhostUserBackend for Backend<D> {
+    type Bitmap = ();
+    type Vring = Vring;
+
+    fn num_queues(&self) -> usize {
+        self.queues.len()
+    }
+
+    fn max_queue_size(&self) -> usize {
+        self.device.max_queue_size().into()
+    }
+
+    fn features(&self) -> u64 {
+        self.device.features() | TRANSPORT_FEATURES
+    }
+
+    fn acked_features(&self, features: u64) {
+        self.device.set_features(features & !TRANSPORT_FEATURES);
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::RESET_DEVICE
+    }
+
+    // The rings are disabled already; what is in flight must not reach the guest after the answer.
+    fn reset_device(&self) {
+        for index in 0..self.queues.len() {
+            self.queue(index).drain(None);
+        }
+        self.device.reset();
+    }
+
+    // The event index is read from the queue itself.
+    fn set_event_idx(&self, _enabled: bool) {}
+
+    // Rings look at the memory map whenever they pop, and requests in flight hold the one that they started with.
+    fn update_memory(&self, _memory: SharedMemory) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn queues_per_thread(&self) -> Vec<u64> {
+        (0..self.queues.len()).map(|index| 1 << index).collect()
+    }
+
+    fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
+        // Without an exit event the threads of this connection would never end. Out of file descriptors is the only
+        // way to fail, and then the epoll descriptor made just before could not exist either.
+        let (consumer, notifier) =
+            new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC).ok()?;
+        self.exit_events
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(consumer.as_raw_fd());
+        Some((consumer, notifier))
+    }
+
+    fn stop_vring(&self, queue: u32) -> io::Result<()> {
+        // GET_VRING_BASE is answered when nothing is in flight: there is no deadline, as the answer would be wrong.
+        self.queue(queue as usize).drain(None);
+        Ok(())
+    }
+
+    /// A kick, a ring that was just started, or the worker's own file descriptor: the same work in each case. Never an
+    /// error, which would end the thread for good.
+    fn handle_event(
+        &self,
+        _event: u16,
+        _events: EventSet,
+        vrings: &[Vring],
+        thread: usize,
+    ) -> io::Result<()> {
+        let mut queue = self.queue(thread);
+        if queue.ring.is_none()
+            && let Some(vring) = vrings.first()
+        {
+            queue.ring = Some(Ring::new(
+                thread,
+                vring.clone(),
+                self.memory.clone(),
+                Arc::clone(&self.log),
+                Arc::clone(&self.stopped),
+            ));
+        }
+        if let Some(ring) = &mut queue.ring {
+            ring.disable_notifications();
+        }
+        loop {
+            if queue.pass() == Progress::Idle {
+                let Some(ring) = &mut queue.ring else {
+                    return Ok(());
+                };
+                if !ring.enable_notifications() {
+                    return Ok(());
+                }
+                ring.disable_notifications();
+            }
+        }
+    }
+}

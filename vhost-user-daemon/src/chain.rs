@@ -1,0 +1,360 @@
+//! From a descriptor chain to host memory: the only module that follows what a guest wrote into its descriptors.
+//!
+//! A chain is read once, when it is popped; what the guest changes afterwards has no effect on the lengths and
+//! pointers used here. The data itself stays shared with the guest, so it is only ever copied or handed to the kernel
+//! as iovecs, never borrowed as a Rust reference.
+//!
+//! Virtio 1.3 text, sections 2.7.4 to 2.7.5 (message framing, descriptor table, indirect descriptors).
+#![expect(
+    unsafe_code,
+    reason = "guest memory is raw memory shared with another process"
+)]
+
+use std::sync::Arc;
+
+use libc::iovec;
+use thiserror::Error;
+use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+
+use crate::dirty::DirtyLog;
+use crate::memory::{Memory, host_ptr, host_range};
+
+/// Buffers that one chain may have: what `preadv` and `pwritev` take in one call (`UIO_MAXIOV`).
+pub const MAX_SEGMENTS: usize = 1024;
+
+/// Size of a descriptor in bytes.
+pub(crate) const DESCRIPTOR_SIZE: usize = 16;
+
+/// Why a chain cannot be served. It goes back to the guest with a used length of 0.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum ChainError {
+    /// A `next` field, or the head in the available ring, lies outside the descriptor table.
+    #[error("Descriptor {index} lies outside a table of {size}")]
+    IndexOutOfRange {
+        /// The index found.
+        index: u16,
+        /// Number of descriptors in the table.
+        size: u32,
+    },
+    /// More descriptors than the table has: the chain runs in a circle.
+    #[error("Chain runs in a circle")]
+    Cyclic,
+    /// More than [`MAX_SEGMENTS`] buffers.
+    #[error("Chain has more than {MAX_SEGMENTS} buffers")]
+    TooManySegments,
+    /// More than 4 GiB in one chain, which section 2.7.5.2 forbids.
+    #[error("Chain is longer than 4 GiB")]
+    TooLong,
+    /// A buffer that is not wholly in guest memory.
+    #[error("Buffer of {len} bytes at {addr:#x} lies outside guest memory")]
+    OutsideMemory {
+        /// Guest address of the first byte that is missing.
+        addr: u64,
+        /// Bytes that were to follow from there.
+        len: u64,
+    },
+    /// A device-readable buffer after a device-writable one (section 2.7.4.2).
+    #[error("Device-readable buffer after a device-writable one")]
+    ReadableAfterWritable,
+    /// An indirect table inside an indirect table (section 2.7.5.3.1).
+    #[error("Indirect table inside an indirect table")]
+    NestedIndirect,
+    /// A descriptor with both INDIRECT and NEXT (section 2.7.5.3.1).
+    #[error("Indirect table with a next descriptor")]
+    IndirectWithNext,
+    /// An indirect table of no descriptors, of a part of one, or of more than a `next` field can reach.
+    #[error("Indirect table of {0} bytes")]
+    IndirectLength(u32),
+    /// The chain ends before what the device has to read or write in it.
+    #[error("Chain is too short")]
+    TooShort,
+}
+
+/// A chain that was popped: its buffers as iovecs into guest memory, device-readable ones first.
+///
+/// Reading consumes from the front. A `Chain` is meant to be used again and again, so that its vector is allocated
+/// once. It holds on to the memory map that it was popped with until it is cleared.
+#[derive(Debug, Default)]
+pub struct Chain {
+    head: u16,
+    memory: Option<Arc<Memory>>,
+    segments: Vec<iovec>,
+    /// `segments[first_readable..readable_end]` are device-readable, the rest from there device-writable.
+    first_readable: usize,
+    readable_end: usize,
+    /// The byte that `take_last_byte` took off.
+    last_byte: Option<*mut u8>,
+}
+
+// SAFETY: the pointers lead into the memory map that `memory` keeps mapped, which is shared by all threads anyway.
+unsafe impl Send for Chain {}
+
+/// A descriptor as the guest wrote it.
+#[derive(Clone, Copy, Debug)]
+struct Descriptor {
+    addr: u64,
+    len: u32,
+    flags: u16,
+    next: u16,
+}
+
+impl Descriptor {
+    /// Reads descriptor `index` of the table at `table`.
+    ///
+    /// # Safety
+    /// `table` must point to at least `index + 1` mapped descriptors.
+    unsafe fn read(table: *const u8, index: u16) -> Self {
+        // SAFETY: inside the table as the caller promises. Volatile and unaligned because the guest may write at any
+        // time and chooses the address of an indirect table.
+        let raw: [u8; DESCRIPTOR_SIZE] = unsafe {
+            table
+                .add(usize::from(index) * DESCRIPTOR_SIZE)
+                .cast::<[u8; DESCRIPTOR_SIZE]>()
+                .read_volatile()
+        };
+        let value = u128::from_le_bytes(raw);
+        Self {
+            addr: value as u64,
+            len: (value >> 64) as u32,
+            flags: (value >> 96) as u16,
+            next: (value >> 112) as u16,
+        }
+    }
+
+    fn has(self, flag: u32) -> bool {
+        u32::from(self.flags) & flag != 0
+    }
+}
+
+impl Chain {
+    /// Reads the chain that starts at descriptor `head` of a table of `size` descriptors at `table`.
+    ///
+    /// # Safety
+    /// `table` must point to `size` descriptors inside `memory`.
+    pub(crate) unsafe fn fill(
+        &mut self,
+        memory: &Arc<Memory>,
+        table: *const u8,
+        size: u16,
+        head: u16,
+    ) -> Result<(), ChainError> {
+        self.clear();
+        self.head = head;
+        // SAFETY: as promised by the caller.
+        let result = unsafe { self.walk(memory, table, u32::from(size), head, false, &mut 0) };
+        match result {
+            Ok(()) => self.memory = Some(Arc::clone(memory)),
+            Err(_) => self.clear(),
+        }
+        result
+    }
+
+    /// Follows the chain from descriptor `index` on.
+    ///
+    /// # Safety
+    /// `table` must point to `size` descriptors inside `memory`.
+    unsafe fn walk(
+        &mut self,
+        memory: &Memory,
+        table: *const u8,
+        size: u32,
+        mut index: u16,
+        indirect: bool,
+        total: &mut u64,
+    ) -> Result<(), ChainError> {
+        let mut budget = size;
+        loop {
+            if u32::from(index) >= size {
+                return Err(ChainError::IndexOutOfRange { index, size });
+            }
+            budget = budget.checked_sub(1).ok_or(ChainError::Cyclic)?;
+            // SAFETY: index < size, and the caller promises a table of that size.
+            let descriptor = unsafe { Descriptor::read(table, index) };
+
+            if descriptor.has(VRING_DESC_F_INDIRECT) {
+                if indirect {
+                    return Err(ChainError::NestedIndirect);
+                }
+                if descriptor.has(VRING_DESC_F_NEXT) {
+                    return Err(ChainError::IndirectWithNext);
+                }
+                let bytes = descriptor.len as usize;
+                let count = bytes / DESCRIPTOR_SIZE;
+                if count == 0 || bytes % DESCRIPTOR_SIZE != 0 || count > usize::from(u16::MAX) + 1 {
+                    return Err(ChainError::IndirectLength(descriptor.len));
+                }
+                let table = host_ptr(memory, descriptor.addr, bytes).ok_or(ChainError::OutsideMemory {
+                    addr: descriptor.addr,
+                    len: bytes as u64,
+                })?;
+                // SAFETY: `host_ptr` found `count` whole descriptors in one region of `memory`.
+                return unsafe { self.walk(memory, table, count as u32, 0, true, total) };
+            }
+
+            *total += u64::from(descriptor.len);
+            if *total > u64::from(u32::MAX) {
+                return Err(ChainError::TooLong);
+            }
+            self.push(memory, descriptor)?;
+            if !descriptor.has(VRING_DESC_F_NEXT) {
+                return Ok(());
+            }
+            index = descriptor.next;
+        }
+    }
+
+    /// Adds the buffer of one descriptor; it becomes several segments where it crosses from one region to the next.
+    fn push(&mut self, memory: &Memory, descriptor: Descriptor) -> Result<(), ChainError> {
+        let writable = descriptor.has(VRING_DESC_F_WRITE);
+        if !writable && self.readable_end < self.segments.len() {
+            return Err(ChainError::ReadableAfterWritable);
+        }
+        let (mut addr, mut left) = (descriptor.addr, descriptor.len as usize);
+        while left > 0 {
+            let outside = ChainError::OutsideMemory {
+                addr,
+                len: left as u64,
+            };
+            let range = host_range(memory, addr, left).ok_or(outside)?;
+            if self.segments.len() == MAX_SEGMENTS {
+                return Err(ChainError::TooManySegments);
+            }
+            self.segments.push(iovec {
+                iov_base: range.ptr.cast(),
+                iov_len: range.len,
+            });
+            left -= range.len;
+            // A region that ends at the top of the address space has no next byte.
+            addr = addr
+                .checked_add(range.len as u64)
+                .filter(|_| left > 0)
+                .unwrap_or_default();
+            if addr == 0 && left > 0 {
+                return Err(outside);
+            }
+        }
+        if !writable {
+            self.readable_end = self.segments.len();
+        }
+        Ok(())
+    }
+
+    /// Forgets the buffers and lets go of the memory map.
+    pub fn clear(&mut self) {
+        self.segments.clear();
+        self.first_readable = 0;
+        self.readable_end = 0;
+        self.last_byte = None;
+        self.memory = None;
+    }
+
+    /// Index of the first descriptor, which names the chain in the used ring.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// What is left of the device-readable part, as iovecs into guest memory.
+    pub fn readable(&self) -> &[iovec] {
+        &self.segments[self.first_readable..self.readable_end]
+    }
+
+    /// What is left of the device-writable part, as iovecs into guest memory.
+    pub fn writable(&self) -> &[iovec] {
+        &self.segments[self.readable_end..]
+    }
+
+    /// Bytes left in the device-readable part.
+    pub fn readable_len(&self) -> u64 {
+        total_len(self.readable())
+    }
+
+    /// Bytes left in the device-writable part.
+    pub fn writable_len(&self) -> u64 {
+        total_len(self.writable())
+    }
+
+    /// Fills `buf` from the front of the device-readable part, and takes these bytes off it.
+    ///
+    /// Fails without taking anything when the part is shorter than `buf`.
+    pub fn read(&mut self, buf: &mut [u8]) -> Result<(), ChainError> {
+        if self.readable_len() < buf.len() as u64 {
+            return Err(ChainError::TooShort);
+        }
+        let mut done = 0;
+        while done < buf.len() {
+            let segment = &mut self.segments[self.first_readable];
+            let len = segment.iov_len.min(buf.len() - done);
+            // SAFETY: `len` bytes are left in the segment, which lies in the memory map held by `self.memory`, and in
+            // `buf`. They cannot overlap: `buf` is memory of this process alone.
+            unsafe { std::ptr::copy_nonoverlapping(segment.iov_base.cast(), buf[done..].as_mut_ptr(), len) };
+            segment.iov_base = segment.iov_base.cast::<u8>().wrapping_add(len).cast();
+            segment.iov_len -= len;
+            if segment.iov_len == 0 {
+                self.first_readable += 1;
+            }
+            done += len;
+        }
+        Ok(())
+    }
+
+    /// Copies `bytes` to the front of the device-writable part, as far as they fit, and returns how many did.
+    /// Nothing is taken off; mark the bytes with [`Chain::log_written`].
+    pub fn write(&self, bytes: &[u8]) -> usize {
+        let mut done = 0;
+        for segment in self.writable() {
+            let len = segment.iov_len.min(bytes.len() - done);
+            // SAFETY: as in `read`, the other way round.
+            unsafe { std::ptr::copy_nonoverlapping(bytes[done..].as_ptr(), segment.iov_base.cast(), len) };
+            done += len;
+        }
+        done
+    }
+
+    /// Takes the last byte off the device-writable part, for [`Chain::write_last_byte`]: devices put a status there.
+    ///
+    /// Fails when that part is empty.
+    pub fn take_last_byte(&mut self) -> Result<(), ChainError> {
+        if self.readable_end == self.segments.len() {
+            return Err(ChainError::TooShort);
+        }
+        let last = self.segments.last_mut().ok_or(ChainError::TooShort)?;
+        last.iov_len -= 1;
+        self.last_byte = Some(last.iov_base.cast::<u8>().wrapping_add(last.iov_len));
+        if last.iov_len == 0 {
+            self.segments.pop();
+        }
+        Ok(())
+    }
+
+    /// Writes the byte that [`Chain::take_last_byte`] took off, and marks it dirty. `false` if none was taken.
+    pub fn write_last_byte(&self, value: u8, log: &DirtyLog) -> bool {
+        let (Some(memory), Some(ptr)) = (&self.memory, self.last_byte) else {
+            return false;
+        };
+        // SAFETY: the byte was part of a segment of this chain, whose memory map `self.memory` still holds.
+        unsafe { ptr.write_volatile(value) };
+        if log.is_enabled() {
+            log.mark_iovecs(
+                memory,
+                &[iovec {
+                    iov_base: ptr.cast(),
+                    iov_len: 1,
+                }],
+                1,
+            );
+        }
+        true
+    }
+
+    /// Marks the first `written` bytes of the device-writable part as dirty, if the front end asked for a log.
+    pub fn log_written(&self, written: u64, log: &DirtyLog) {
+        if let (true, Some(memory)) = (log.is_enabled(), &self.memory) {
+            log.mark_iovecs(memory, self.writable(), written);
+        }
+    }
+}
+
+/// Bytes in all of `iovecs`. A chain has at most 4 GiB.
+fn total_len(iovecs: &[iovec]) -> u64 {
+    iovecs.iter().map(|iovec| iovec.iov_len as u64).sum()
+}

@@ -1,0 +1,77 @@
+//! What a daemon implements: a [`Device`], and a [`Worker`] for each of its queues.
+//!
+//! The rest of this crate turns them into a vhost-user back end. A device answers for features and configuration
+//! space; its workers move data and know nothing of sockets, eventfds or threads:
+//!
+//! ```text
+//! kick or worker fd ──> pass: batch().pop() ──> parse, execute ──> complete() ──> publish ──┐
+//!                         ^                                                                  │
+//!                         └────────── again until a pass finds nothing to do ────────────────┘
+//! ```
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::ring::Ring;
+
+/// A virtio device behind a vhost-user socket. One object serves all connections, one after the other.
+pub trait Device: Send + Sync + 'static {
+    /// What serves one of the queues.
+    type Worker: Worker;
+
+    /// Number of queues, at most 64.
+    fn num_queues(&self) -> usize;
+
+    /// The largest queue size that a driver may choose: a power of two.
+    fn max_queue_size(&self) -> u16;
+
+    /// The virtio feature bits offered: those of the device type, and the ring features
+    /// [`RING_FEATURES`](crate::RING_FEATURES). The bits of the vhost-user transport are added elsewhere.
+    fn features(&self) -> u64;
+
+    /// The driver and the front end agreed on `features`, a part of those offered. Called again when they change.
+    fn set_features(&self, features: u64);
+
+    /// Fills `data` with the configuration space from `offset` on. Bytes beyond its end stay zero, as `data` comes in.
+    fn read_config(&self, offset: usize, data: &mut [u8]);
+
+    /// The driver (or, when a guest was migrated here, the front end) writes `data` to the configuration space at
+    /// `offset`. Anything may arrive, whole or in parts; what is not writable is ignored.
+    fn write_config(&self, offset: usize, data: &[u8]);
+
+    /// A new front end has connected, or the front end resets the device: what the last driver chose is forgotten.
+    fn reset(&self);
+
+    /// Makes the worker of queue `index` for a new connection. It is dropped when the connection ends, after all it
+    /// had in flight was completed.
+    fn new_worker(self: &Arc<Self>, index: usize) -> io::Result<Self::Worker>;
+}
+
+/// Serves one queue: what it holds belongs to this queue alone.
+pub trait Worker: Send + 'static {
+    /// Does what can be done now: completes what has finished, pops chains from `ring` and executes or submits them.
+    ///
+    /// Never blocks on the guest, and never fails: an error belongs to the request that met it. `ring` decides whether
+    /// chains may be popped; what was popped before has to be completed in any case.
+    fn pass(&mut self, ring: &mut Ring) -> Progress;
+
+    /// Chains popped and not completed yet.
+    fn in_flight(&self) -> usize;
+
+    /// Waits until something in flight has finished, or until `timeout`. Called only while something is in flight.
+    fn wait(&mut self, timeout: Duration);
+
+    /// A file descriptor that is readable while something in flight has finished.
+    fn event_fd(&self) -> Option<BorrowedFd<'_>>;
+}
+
+/// What a [`Worker::pass`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// It popped or completed something, so that there may be more.
+    Busy,
+    /// There was nothing to do.
+    Idle,
+}

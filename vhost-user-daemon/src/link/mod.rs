@@ -1,0 +1,480 @@
+//! The front end's connection: relays to the stock `VhostUserDaemon`, and answers itself what the stock crates refuse.
+//!
+//! ```text
+//! front end <── socket ──> Link ──> private socket ──> VhostUserDaemon
+//!                           └ protocol features, configuration space, dirty log, backend channel
+//! ```
+//!
+//! The stock crates close the connection at the first request that fails, also when a guest can provoke it. The link
+//! therefore checks what it relays, asks for an acknowledgement of every message, and turns a refusal into the error
+//! acknowledgement of the vhost-user text (section "Communication", `VHOST_USER_PROTOCOL_F_REPLY_ACK`).
+
+mod channel;
+mod inner;
+mod wire;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use log::{debug, info};
+use vhost::vhost_user::message::{VhostUserProtocolFeatures as ProtocolFeatures, VhostUserVirtioFeatures};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+pub use self::channel::ConfigNotifier;
+pub(crate) use self::inner::pair;
+use self::wire::Message;
+use crate::device::Device;
+use crate::dirty::DirtyLog;
+use crate::warn_limited;
+
+/// Numbers of the requests that the link looks at (vhost-user text, "Front-end message types").
+mod request {
+    pub const GET_FEATURES: u32 = 1;
+    pub const SET_FEATURES: u32 = 2;
+    pub const SET_OWNER: u32 = 3;
+    pub const RESET_OWNER: u32 = 4;
+    pub const SET_MEM_TABLE: u32 = 5;
+    pub const SET_LOG_BASE: u32 = 6;
+    pub const SET_LOG_FD: u32 = 7;
+    pub const SET_VRING_NUM: u32 = 8;
+    pub const SET_VRING_ADDR: u32 = 9;
+    pub const SET_VRING_BASE: u32 = 10;
+    pub const GET_VRING_BASE: u32 = 11;
+    pub const SET_VRING_KICK: u32 = 12;
+    pub const SET_VRING_CALL: u32 = 13;
+    pub const SET_VRING_ERR: u32 = 14;
+    pub const GET_PROTOCOL_FEATURES: u32 = 15;
+    pub const SET_PROTOCOL_FEATURES: u32 = 16;
+    pub const GET_QUEUE_NUM: u32 = 17;
+    pub const SET_VRING_ENABLE: u32 = 18;
+    pub const SET_BACKEND_REQ_FD: u32 = 21;
+    pub const GET_CONFIG: u32 = 24;
+    pub const SET_CONFIG: u32 = 25;
+    pub const RESET_DEVICE: u32 = 34;
+    pub const GET_MAX_MEM_SLOTS: u32 = 36;
+    pub const ADD_MEM_REG: u32 = 37;
+    pub const REM_MEM_REG: u32 = 38;
+}
+
+/// Protocol features that the link serves by itself.
+const OWN_PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::REPLY_ACK
+    .union(ProtocolFeatures::CONFIG)
+    .union(ProtocolFeatures::LOG_SHMFD)
+    .union(ProtocolFeatures::BACKEND_REQ);
+
+/// The largest configuration space (vhost-user text, "Virtio device config space").
+const MAX_CONFIG: usize = 256;
+
+/// Bit 8 of a `SET_VRING_KICK`, `CALL` or `ERR`: no file descriptor comes along.
+const NO_FD: u64 = 1 << 8;
+
+/// `vhost_vring_state`.
+#[derive(Clone, Copy, FromBytes, Immutable, IntoBytes, KnownLayout)]
+#[repr(C)]
+struct VringState {
+    index: u32,
+    num: u32,
+}
+
+/// The head of a configuration space message.
+#[derive(Clone, Copy, FromBytes, Immutable, IntoBytes, KnownLayout)]
+#[repr(C)]
+struct ConfigHeader {
+    offset: u32,
+    size: u32,
+    flags: u32,
+}
+
+/// The body of `SET_LOG_BASE`.
+#[derive(Clone, Copy, FromBytes, Immutable, IntoBytes, KnownLayout)]
+#[repr(C)]
+struct LogBase {
+    size: u64,
+    offset: u64,
+}
+
+/// What the link says to a request.
+enum Answer {
+    /// The reply that belongs to this request.
+    Reply(Vec<u8>),
+    /// Done: acknowledged if the front end asked for that.
+    Done,
+}
+
+/// Why a request is refused. It is acknowledged with an error.
+#[derive(Debug)]
+struct Refusal {
+    reason: String,
+    /// The stock daemon refused it, and has closed its end; otherwise the connection lives on.
+    fatal: bool,
+}
+
+impl Refusal {
+    fn new(reason: impl Into<String>) -> Self {
+        Self {
+            reason: reason.into(),
+            fatal: false,
+        }
+    }
+
+    fn fatal(reason: impl Into<String>) -> Self {
+        Self {
+            reason: reason.into(),
+            fatal: true,
+        }
+    }
+}
+
+/// The front end's side of one connection.
+pub(crate) struct Link<D: Device> {
+    front: UnixStream,
+    inner: UnixStream,
+    device: Arc<D>,
+    log: Arc<DirtyLog>,
+    notifier: ConfigNotifier,
+    features: u64,
+    protocol_features: ProtocolFeatures,
+    acked_protocol_features: ProtocolFeatures,
+    /// `SET_FEATURES` was relayed, so that the stock crates accept `SET_VRING_ENABLE`.
+    features_set: bool,
+    /// `SET_OWNER` was relayed; the stock crates refuse a second one.
+    owned: bool,
+    /// What to enable once the features are set: DPDK and QEMU 8.2 send `SET_VRING_ENABLE` before.
+    early_enables: Vec<VringState>,
+}
+
+impl<D: Device> Link<D> {
+    /// Joins `front` to the daemon at the other end of `inner`.
+    pub fn new(
+        front: UnixStream,
+        inner: UnixStream,
+        device: Arc<D>,
+        log: Arc<DirtyLog>,
+        notifier: ConfigNotifier,
+    ) -> Self {
+        Self {
+            front,
+            inner,
+            device,
+            log,
+            notifier,
+            features: 0,
+            protocol_features: ProtocolFeatures::empty(),
+            acked_protocol_features: ProtocolFeatures::empty(),
+            features_set: false,
+            owned: false,
+            early_enables: Vec::new(),
+        }
+    }
+
+    /// Serves the front end until it leaves, which is no error.
+    pub fn run(mut self) -> io::Result<()> {
+        let result = self.greet().and_then(|()| self.serve());
+        self.log.set_enabled(false);
+        self.notifier.set(None);
+        result
+    }
+
+    /// Agrees with the stock daemon on all that it can do. What the front end takes of it is the link's business.
+    fn greet(&mut self) -> io::Result<()> {
+        self.features = self.ask_inner(&Message::new(request::GET_FEATURES, []))?;
+        let inner: u64 = self.ask_inner(&Message::new(request::GET_PROTOCOL_FEATURES, []))?;
+        let inner = ProtocolFeatures::from_bits_truncate(inner);
+        self.protocol_features = inner | OWN_PROTOCOL_FEATURES;
+        self.relay(Message::new(
+            request::SET_PROTOCOL_FEATURES,
+            inner.bits().as_bytes(),
+        ))
+        .map_err(|refusal| io::Error::other(refusal.reason))
+    }
+
+    fn serve(&mut self) -> io::Result<()> {
+        while let Some(message) = Message::receive(&self.front)? {
+            let (request, need_reply) = (message.request, message.need_reply);
+            debug!(
+                "Message {request} of {} bytes, {} files",
+                message.body.len(),
+                message.fds.len()
+            );
+            let has_reply = matches!(
+                request,
+                request::GET_FEATURES
+                    | request::GET_PROTOCOL_FEATURES
+                    | request::GET_QUEUE_NUM
+                    | request::GET_VRING_BASE
+                    | request::GET_CONFIG
+                    | request::GET_MAX_MEM_SLOTS
+                    | request::SET_LOG_BASE
+            );
+            let reply_to = Message::new(request, []);
+            let refusal = match self.answer(message) {
+                Ok(Answer::Reply(body)) => {
+                    reply_to.reply(&self.front, &body)?;
+                    continue;
+                }
+                Ok(Answer::Done) => None,
+                Err(refusal) => Some(refusal),
+            };
+            if let Some(Refusal { reason, .. }) = &refusal {
+                warn_limited!("Message {request} of the front end is refused: {reason}");
+            }
+            // There is no way to say no to a request that has a reply of its own.
+            if !has_reply && need_reply && self.acked_protocol_features.contains(ProtocolFeatures::REPLY_ACK)
+            {
+                reply_to.reply(&self.front, u64::from(refusal.is_some()).as_bytes())?;
+            }
+            if let Some(Refusal { reason, fatal }) = refusal
+                && (fatal || has_reply)
+            {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
+            }
+        }
+        Ok(())
+    }
+
+    fn answer(&mut self, mut message: Message) -> Result<Answer, Refusal> {
+        if !takes_files(message.request) {
+            // Closed, not used: the stock crates would close the connection.
+            message.fds.clear();
+        }
+        match message.request {
+            request::GET_FEATURES => Ok(Answer::Reply(self.features.as_bytes().into())),
+            request::SET_FEATURES => self.set_features(&message),
+            request::GET_PROTOCOL_FEATURES => {
+                Ok(Answer::Reply(self.protocol_features.bits().as_bytes().into()))
+            }
+            request::SET_PROTOCOL_FEATURES => {
+                let acked = body::<u64>(&message)?;
+                if acked & !self.protocol_features.bits() != 0 {
+                    return Err(Refusal::new(format!(
+                        "Protocol features {acked:#x} were not all offered"
+                    )));
+                }
+                self.acked_protocol_features = ProtocolFeatures::from_bits_truncate(acked);
+                Ok(Answer::Done)
+            }
+            request::SET_OWNER if self.owned => Ok(Answer::Done),
+            request::SET_OWNER => {
+                self.owned = true;
+                self.relay(message).map(|()| Answer::Done)
+            }
+            // Not used any more says the text, and its effects are those of the end of the connection.
+            request::RESET_OWNER => Ok(Answer::Done),
+            request::GET_QUEUE_NUM => Ok(Answer::Reply((self.device.num_queues() as u64).as_bytes().into())),
+            request::GET_CONFIG => self.get_config(&message),
+            request::SET_CONFIG => self.set_config(&message),
+            // Gap of vhost-user-backend: its dirty log costs every request, cannot be switched off again, and loses
+            // regions that are added.
+            request::SET_LOG_BASE => self.set_log_base(message),
+            // Gap of vhost: not known. The text says what the file is for (an eventfd for logging errors), and no
+            // front end waits for it.
+            request::SET_LOG_FD => Ok(Answer::Done),
+            // Gap of vhost: its channel cannot send CONFIG_CHANGE_MSG.
+            request::SET_BACKEND_REQ_FD => self.set_backend_channel(message),
+            request::SET_VRING_NUM | request::SET_VRING_ADDR | request::SET_VRING_BASE => {
+                self.check_queue(body_prefix::<u32>(&message)?)?;
+                self.relay(message).map(|()| Answer::Done)
+            }
+            request::SET_VRING_KICK | request::SET_VRING_CALL | request::SET_VRING_ERR => {
+                let value = body::<u64>(&message)?;
+                self.check_queue(value as u8 as u32)?;
+                if (value & NO_FD == 0) != (message.fds.len() == 1) {
+                    return Err(Refusal::new(format!(
+                        "Ring message with {} files",
+                        message.fds.len()
+                    )));
+                }
+                self.relay(message).map(|()| Answer::Done)
+            }
+            request::SET_VRING_ENABLE => self.set_vring_enable(message),
+            request::GET_VRING_BASE => {
+                self.check_queue(body::<VringState>(&message)?.index)?;
+                self.relay_for_reply(&message).map(Answer::Reply)
+            }
+            request::GET_MAX_MEM_SLOTS => self.relay_for_reply(&message).map(Answer::Reply),
+            request::SET_MEM_TABLE | request::ADD_MEM_REG | request::REM_MEM_REG | request::RESET_DEVICE => {
+                self.relay(message).map(|()| Answer::Done)
+            }
+            _ => Err(Refusal::new(
+                "It is not known, or belongs to a feature that is not offered",
+            )),
+        }
+    }
+
+    fn set_features(&mut self, message: &Message) -> Result<Answer, Refusal> {
+        let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        let acked = body::<u64>(message)?;
+        if acked & !self.features != 0 {
+            return Err(Refusal::new(format!(
+                "Features {:#x} were not offered",
+                acked & !self.features
+            )));
+        }
+        // Gap of vhost: SET_VRING_ENABLE is refused when this bit is not acknowledged. The link keeps the bit set, and
+        // enables the rings itself, as the text demands for a front end without it. (User Mode Linux sets the features
+        // a second time, and forgets the bit.)
+        self.relay(Message::new(request::SET_FEATURES, (acked | protocol).as_bytes()))?;
+        if !self.features_set {
+            info!("The driver took features {acked:#x} of {:#x}", self.features);
+        }
+        self.features_set = true;
+        self.log
+            .set_enabled(acked & VhostUserVirtioFeatures::LOG_ALL.bits() != 0);
+        let mut enables = std::mem::take(&mut self.early_enables);
+        if acked & protocol == 0 {
+            enables = (0..self.device.num_queues() as u32)
+                .map(|index| VringState { index, num: 1 })
+                .collect();
+        }
+        for state in enables {
+            self.relay(Message::new(request::SET_VRING_ENABLE, state.as_bytes()))?;
+        }
+        Ok(Answer::Done)
+    }
+
+    fn set_vring_enable(&mut self, message: Message) -> Result<Answer, Refusal> {
+        let state = body::<VringState>(&message)?;
+        self.check_queue(state.index)?;
+        if state.num > 1 {
+            return Err(Refusal::new(format!("Ring enabled with {}", state.num)));
+        }
+        if self.features_set {
+            return self.relay(message).map(|()| Answer::Done);
+        }
+        self.early_enables.retain(|early| early.index != state.index);
+        self.early_enables.push(state);
+        Ok(Answer::Done)
+    }
+
+    fn get_config(&self, message: &Message) -> Result<Answer, Refusal> {
+        let (header, payload) = config_message(message)?;
+        let mut reply = header.as_bytes().to_vec();
+        let start = reply.len();
+        reply.resize(start + payload.len(), 0);
+        self.device
+            .read_config(header.offset as usize, &mut reply[start..]);
+        Ok(Answer::Reply(reply))
+    }
+
+    fn set_config(&self, message: &Message) -> Result<Answer, Refusal> {
+        let (header, payload) = config_message(message)?;
+        self.device.write_config(header.offset as usize, payload);
+        Ok(Answer::Done)
+    }
+
+    fn set_log_base(&self, message: Message) -> Result<Answer, Refusal> {
+        let base = body::<LogBase>(&message)?;
+        let fd = single_fd(message)?;
+        self.log
+            .set_base(fd.into(), base.offset, base.size)
+            .map_err(|error| Refusal::new(format!("Dirty log cannot be mapped: {error}")))?;
+        Ok(Answer::Reply(0u64.as_bytes().into()))
+    }
+
+    fn set_backend_channel(&self, message: Message) -> Result<Answer, Refusal> {
+        let stream = UnixStream::from(single_fd(message)?);
+        // A front end that does not read must not hold up whoever wants to tell it something. This also fails for
+        // what is no socket.
+        stream
+            .set_nonblocking(true)
+            .and_then(|()| stream.peer_addr().map(drop))
+            .map_err(|error| Refusal::new(format!("Backend channel is no connected socket: {error}")))?;
+        self.notifier.set(Some(stream));
+        Ok(Answer::Done)
+    }
+
+    fn check_queue(&self, index: u32) -> Result<(), Refusal> {
+        let count = self.device.num_queues();
+        if (index as usize) < count {
+            return Ok(());
+        }
+        Err(Refusal::new(format!(
+            "Queue {index} does not exist: the device has {count}"
+        )))
+    }
+
+    /// Hands `message` to the stock daemon and waits until it is done.
+    fn relay(&self, mut message: Message) -> Result<(), Refusal> {
+        message.need_reply = true;
+        match self.ask_inner::<u64>(&message) {
+            Ok(0) => Ok(()),
+            Ok(_) => Err(Refusal::fatal("It is invalid in this place")),
+            Err(error) => Err(Refusal::fatal(format!(
+                "The daemon has closed the connection: {error}"
+            ))),
+        }
+    }
+
+    /// Hands over a `message` that has a reply of its own.
+    fn relay_for_reply(&self, message: &Message) -> Result<Vec<u8>, Refusal> {
+        let reply = message
+            .send(&self.inner)
+            .and_then(|()| Message::receive(&self.inner));
+        match reply {
+            Ok(Some(reply)) => Ok(reply.body),
+            Ok(None) => Err(Refusal::fatal("It is invalid in this place")),
+            Err(error) => Err(Refusal::fatal(format!(
+                "The daemon has closed the connection: {error}"
+            ))),
+        }
+    }
+
+    fn ask_inner<T: FromBytes>(&self, message: &Message) -> io::Result<T> {
+        message.send(&self.inner)?;
+        Message::receive(&self.inner)?
+            .and_then(|reply| reply.body_as())
+            .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+    }
+}
+
+/// Whether file descriptors belong to the request.
+fn takes_files(request: u32) -> bool {
+    matches!(
+        request,
+        request::SET_MEM_TABLE
+            | request::SET_LOG_BASE
+            | request::SET_VRING_KICK
+            | request::SET_VRING_CALL
+            | request::SET_VRING_ERR
+            | request::SET_BACKEND_REQ_FD
+            | request::ADD_MEM_REG
+    )
+}
+
+/// The body of `message`, which has to have exactly the size of `T`.
+fn body<T: FromBytes>(message: &Message) -> Result<T, Refusal> {
+    message
+        .body_as()
+        .ok_or_else(|| Refusal::new(format!("Body of {} bytes", message.body.len())))
+}
+
+/// The start of the body of `message`.
+fn body_prefix<T: FromBytes>(message: &Message) -> Result<T, Refusal> {
+    T::read_from_prefix(&message.body)
+        .map(|(value, _)| value)
+        .map_err(|_| Refusal::new(format!("Body of {} bytes", message.body.len())))
+}
+
+/// The only file descriptor of `message`.
+fn single_fd(mut message: Message) -> Result<OwnedFd, Refusal> {
+    match message.fds.pop() {
+        Some(fd) if message.fds.is_empty() => Ok(fd),
+        _ => Err(Refusal::new("One file has to come with it")),
+    }
+}
+
+/// Head and payload of a configuration space message.
+fn config_message(message: &Message) -> Result<(ConfigHeader, &[u8]), Refusal> {
+    let (header, payload) = ConfigHeader::ref_from_prefix(&message.body)
+        .map_err(|_| Refusal::new(format!("Body of {} bytes", message.body.len())))?;
+    if header.size as usize != payload.len() || payload.len() > MAX_CONFIG {
+        return Err(Refusal::new(format!(
+            "{} bytes of configuration in {}",
+            header.size,
+            payload.len()
+        )));
+    }
+    Ok((*header, payload))
+}

@@ -1,0 +1,309 @@
+//! The split virtqueue as a worker uses it: chains out of the available ring, a batch of used entries back, and no
+//! more notifications in either direction than needed.
+//!
+//! Virtio 1.3 text, section 2.7 (split virtqueues): 2.7.6 available ring, 2.7.8 used ring, 2.7.7 and 2.7.10
+//! notification suppression.
+#![expect(unsafe_code, reason = "the rings are memory shared with the guest")]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering, fence};
+
+use vhost_user_backend::{VringState, VringT};
+use virtio_bindings::bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
+use virtio_queue::QueueT;
+
+use crate::chain::{Chain, DESCRIPTOR_SIZE};
+use crate::dirty::DirtyLog;
+use crate::memory::{Memory, SharedMemory, host_ptr, snapshot};
+use crate::vring::Vring;
+use crate::warn_limited;
+
+/// One queue, for the worker that serves it.
+///
+/// The lock that the control plane shares is held only while chains are popped or used entries written, never during
+/// I/O.
+pub struct Ring {
+    index: usize,
+    vring: Vring,
+    memory: SharedMemory,
+    log: Arc<DirtyLog>,
+    stopped: Arc<AtomicBool>,
+    used: Vec<UsedElement>,
+}
+
+/// An entry of the used ring: the head of a chain and the bytes written into it.
+#[derive(Clone, Copy, Debug)]
+struct UsedElement {
+    head: u16,
+    len: u32,
+}
+
+impl Ring {
+    /// The ring of queue `index`. While `stopped` is set nothing is popped.
+    pub(crate) fn new(
+        index: usize,
+        vring: Vring,
+        memory: SharedMemory,
+        log: Arc<DirtyLog>,
+        stopped: Arc<AtomicBool>,
+    ) -> Self {
+        Self {
+            index,
+            vring,
+            memory,
+            log,
+            stopped,
+            used: Vec::new(),
+        }
+    }
+
+    /// The log in which a device marks what it wrote to guest memory.
+    pub fn dirty_log(&self) -> &DirtyLog {
+        &self.log
+    }
+
+    /// Starts to pop chains; `None` while the ring is stopped, disabled or broken.
+    pub fn batch(&mut self) -> Option<Batch<'_>> {
+        if self.stopped.load(Ordering::Relaxed) || self.vring.is_broken() {
+            return None;
+        }
+        let state = self.vring.get_mut();
+        if !state.get_queue().ready() || !state.is_enabled() {
+            return None;
+        }
+        let memory = snapshot(&self.memory);
+        let Some(layout) = Layout::resolve(&memory, &state) else {
+            drop(state);
+            self.break_ring("its rings lie outside guest memory");
+            return None;
+        };
+        let next_avail = state.get_queue().next_avail();
+        let available = layout.avail_idx().wrapping_sub(next_avail);
+        if available > layout.size {
+            drop(state);
+            self.break_ring("the available index jumped by more than the queue size");
+            return None;
+        }
+        Some(Batch {
+            index: self.index,
+            state,
+            memory,
+            layout,
+            available,
+            used: &mut self.used,
+        })
+    }
+
+    /// Notes that the chain starting at `head` is done, with `len` bytes written from the front of its device-writable
+    /// part. The guest sees it at the next [`Ring::publish`].
+    pub fn complete(&mut self, head: u16, len: u32) {
+        self.used.push(UsedElement { head, len });
+    }
+
+    /// Shows the guest all chains completed since the last call, and notifies it once if it wants to know.
+    pub fn publish(&mut self) {
+        if self.used.is_empty() {
+            return;
+        }
+        let mut state = self.vring.get_mut();
+        let memory = snapshot(&self.memory);
+        let Some(layout) = Layout::resolve(&memory, &state) else {
+            self.used.clear();
+            return;
+        };
+        let old = state.get_queue().next_used();
+        let mut next = old;
+        for element in self.used.drain(..) {
+            layout.write_used(next, element);
+            next = next.wrapping_add(1);
+        }
+        layout.set_used_idx(next);
+        let queue = state.get_queue_mut();
+        queue.set_next_used(next);
+        // The driver writes the event index, then looks at the used index; we the other way round.
+        fence(Ordering::SeqCst);
+        let notify = if queue.event_idx_enabled() {
+            needs_event(layout.used_event(), next, old)
+        } else {
+            layout.avail_flags() & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0
+        };
+        if self.log.is_enabled() {
+            self.log.mark(queue.used_ring(), layout.used_len() as u64);
+        }
+        if notify && let Some(call) = state.get_call() {
+            // Fails when the other end is full or gone. Full means that a notification is pending already.
+            let _ = call.notify();
+        }
+    }
+
+    /// Asks the guest not to kick, as the worker looks at the ring by itself.
+    pub(crate) fn disable_notifications(&mut self) {
+        self.set_notifications(false);
+    }
+
+    /// Asks the guest to kick for the next chain. `true` if one came in the meantime, so that the worker has to look
+    /// once more before it sleeps.
+    pub(crate) fn enable_notifications(&mut self) -> bool {
+        self.set_notifications(true)
+    }
+
+    fn set_notifications(&mut self, enable: bool) -> bool {
+        if self.stopped.load(Ordering::Relaxed) || self.vring.is_broken() {
+            return false;
+        }
+        let state = self.vring.get_mut();
+        let queue = state.get_queue();
+        if !queue.ready() || !state.is_enabled() {
+            return false;
+        }
+        let memory = snapshot(&self.memory);
+        let Some(layout) = Layout::resolve(&memory, &state) else {
+            return false;
+        };
+        if queue.event_idx_enabled() {
+            // With event indices the driver kicks once per index that we show, so there is nothing to switch off.
+            if !enable {
+                return false;
+            }
+            layout.set_avail_event(queue.next_avail());
+        } else {
+            layout.set_used_flags(if enable { 0 } else { VRING_USED_F_NO_NOTIFY as u16 });
+        }
+        if self.log.is_enabled() {
+            self.log.mark(queue.used_ring(), layout.used_len() as u64);
+        }
+        fence(Ordering::SeqCst);
+        enable && layout.avail_idx() != queue.next_avail()
+    }
+
+    fn break_ring(&self, why: &str) {
+        warn_limited!("Queue {} is stopped until the guest resets it: {why}", self.index);
+        self.vring.set_broken();
+    }
+}
+
+/// Chains that are being popped; the control plane waits meanwhile.
+pub struct Batch<'a> {
+    index: usize,
+    state: std::sync::MutexGuard<'a, VringState<SharedMemory>>,
+    memory: Arc<Memory>,
+    layout: Layout,
+    /// Chains that the guest had made available when the batch began.
+    available: u16,
+    used: &'a mut Vec<UsedElement>,
+}
+
+impl Batch<'_> {
+    /// Pops the next chain into `chain`; `false` when there is none.
+    ///
+    /// A chain that cannot be followed is completed here, with a used length of 0.
+    pub fn pop(&mut self, chain: &mut Chain) -> bool {
+        while self.available > 0 {
+            self.available -= 1;
+            let queue = self.state.get_queue_mut();
+            let next_avail = queue.next_avail();
+            let head = self.layout.avail_entry(next_avail);
+            queue.set_next_avail(next_avail.wrapping_add(1));
+            // SAFETY: `resolve` found the whole table of `size` descriptors in this memory map.
+            match unsafe { chain.fill(&self.memory, self.layout.table, self.layout.size, head) } {
+                Ok(()) => return true,
+                Err(error) => {
+                    warn_limited!("Chain {head} of queue {} is refused: {error}", self.index);
+                    // A head that is no descriptor has no place in the used ring: the driver would not know it.
+                    if head < self.layout.size {
+                        self.used.push(UsedElement { head, len: 0 });
+                    }
+                }
+            }
+        }
+        false
+    }
+}
+
+/// Where the three parts of a queue are mapped here.
+struct Layout {
+    size: u16,
+    table: *const u8,
+    avail: *mut u8,
+    used: *mut u8,
+}
+
+impl Layout {
+    /// Finds the parts in `memory`. Each must lie in one region; the available and used rings are checked to be aligned
+    /// when the front end sets them.
+    fn resolve(memory: &Memory, state: &VringState<SharedMemory>) -> Option<Self> {
+        let queue = state.get_queue();
+        let size = queue.size();
+        let count = usize::from(size);
+        let layout = Self {
+            size,
+            table: host_ptr(memory, queue.desc_table(), DESCRIPTOR_SIZE * count)?,
+            avail: host_ptr(memory, queue.avail_ring(), 6 + 2 * count)?,
+            used: host_ptr(memory, queue.used_ring(), 6 + 8 * count)?,
+        };
+        // Guest regions are page aligned here and in the guest, but a front end could say otherwise.
+        (layout.avail.cast::<u16>().is_aligned() && layout.used.cast::<u32>().is_aligned() && size > 0)
+            .then_some(layout)
+    }
+
+    fn used_len(&self) -> usize {
+        6 + 8 * usize::from(self.size)
+    }
+
+    fn avail_u16(&self, index: usize) -> &AtomicU16 {
+        debug_assert!(index < 3 + usize::from(self.size));
+        // SAFETY: the available ring has 3 + size 16-bit fields, all mapped and aligned as `resolve` checked.
+        unsafe { AtomicU16::from_ptr(self.avail.cast::<u16>().add(index)) }
+    }
+
+    fn used_u16(&self, index: usize) -> &AtomicU16 {
+        debug_assert!(index < 3 + 4 * usize::from(self.size));
+        // SAFETY: the used ring has 3 + 4 * size 16-bit units, all mapped and aligned as `resolve` checked.
+        unsafe { AtomicU16::from_ptr(self.used.cast::<u16>().add(index)) }
+    }
+
+    fn avail_flags(&self) -> u16 {
+        u16::from_le(self.avail_u16(0).load(Ordering::Relaxed))
+    }
+
+    fn avail_idx(&self) -> u16 {
+        u16::from_le(self.avail_u16(1).load(Ordering::Acquire))
+    }
+
+    fn avail_entry(&self, position: u16) -> u16 {
+        u16::from_le(
+            self.avail_u16(2 + usize::from(position % self.size))
+                .load(Ordering::Relaxed),
+        )
+    }
+
+    fn used_event(&self) -> u16 {
+        u16::from_le(self.avail_u16(2 + usize::from(self.size)).load(Ordering::Relaxed))
+    }
+
+    fn set_used_flags(&self, flags: u16) {
+        self.used_u16(0).store(flags.to_le(), Ordering::Relaxed);
+    }
+
+    fn set_used_idx(&self, idx: u16) {
+        self.used_u16(1).store(idx.to_le(), Ordering::Release);
+    }
+
+    fn set_avail_event(&self, idx: u16) {
+        self.used_u16(2 + 4 * usize::from(self.size))
+            .store(idx.to_le(), Ordering::Relaxed);
+    }
+
+    fn write_used(&self, position: u16, element: UsedElement) {
+        let offset = 4 + 8 * usize::from(position % self.size);
+        let raw = u64::from(element.head) | u64::from(element.len) << 32;
+        // SAFETY: the used ring has `size` elements of 8 bytes after its 4-byte header, all mapped.
+        unsafe { self.used.add(offset).cast::<u64>().write_unaligned(raw.to_le()) };
+    }
+}
+
+/// Whether the used index passed the one that the driver waits for, going from `old` to `new` (virtio 1.3 text,
+/// section 2.7.10, `vring_need_event`).
+fn needs_event(event: u16, new: u16, old: u16) -> bool {
+    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}

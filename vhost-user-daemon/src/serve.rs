@@ -1,0 +1,287 @@
+//! The life of a daemon: accept a front end, serve it, listen again, and end in order on SIGTERM or SIGINT.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use log::{error, info, warn};
+use rustix::event::{PollFd, PollFlags, poll};
+use sd_notify::NotifyState;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use thiserror::Error;
+use vhost::vhost_user::Listener;
+use vhost_user_backend::VhostUserDaemon;
+use vmm_sys_util::epoll::EventSet;
+
+use crate::backend::Backend;
+use crate::device::Device;
+use crate::dirty::DirtyLog;
+use crate::link::{self, ConfigNotifier, Link};
+use crate::memory;
+use crate::socket::Socket;
+use crate::sys;
+
+/// How long requests in flight may take to finish after SIGTERM.
+pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long to wait before accepting again when the process is out of file descriptors or memory.
+const ACCEPT_RETRY: Duration = Duration::from_millis(200);
+
+/// Why a daemon cannot go on.
+#[derive(Debug, Error)]
+pub enum ServeError {
+    /// Signals cannot be received.
+    #[error("Signal handlers cannot be installed")]
+    Signals(#[source] io::Error),
+    /// Waiting for the socket or a signal failed.
+    #[error("Waiting for a front end failed")]
+    Wait(#[source] io::Error),
+    /// The only connection, which was inherited, cannot be served.
+    #[error("The connection that was handed over cannot be served")]
+    Connection(#[source] io::Error),
+}
+
+/// How [`serve`] goes on after a connection.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ServeOptions {
+    /// End when the front end leaves, instead of listening again.
+    pub exit_on_disconnect: bool,
+}
+
+/// Serves `device` on `socket` until SIGTERM or SIGINT, or until the front end leaves where nobody else can come.
+///
+/// Front ends are served one at a time; another one waits in the socket's queue. `notifier` is the device's way to
+/// the front end of the moment.
+///
+/// On a signal nothing more is popped, and what is in flight is completed. Should that take longer than
+/// [`DRAIN_TIMEOUT`], the process ends with exit code 1.
+pub fn serve<D: Device>(
+    device: &Arc<D>,
+    notifier: &ConfigNotifier,
+    socket: &Socket,
+    options: ServeOptions,
+) -> Result<(), ServeError> {
+    let signals = Signals::install().map_err(ServeError::Signals)?;
+    notify_supervisor(NotifyState::Ready);
+    match socket {
+        Socket::Connected(stream) => {
+            let stream = stream.try_clone().map_err(ServeError::Connection)?;
+            let connection = Connection::start(device, notifier, stream).map_err(ServeError::Connection)?;
+            serve_connection(connection, &signals).map_err(ServeError::Wait)?;
+            Ok(())
+        }
+        Socket::Listening(listener) => loop {
+            if wait(&[signals.as_fd(), listener.as_fd()]).map_err(ServeError::Wait)? == 0 {
+                return Ok(());
+            }
+            let connection = listener
+                .accept()
+                .and_then(|(stream, _)| Connection::start(device, notifier, stream));
+            match connection {
+                Ok(connection) => {
+                    let ended = serve_connection(connection, &signals).map_err(ServeError::Wait)?;
+                    if ended == Ended::Signal || options.exit_on_disconnect {
+                        return Ok(());
+                    }
+                }
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted
+                    ) => {}
+                Err(error) => {
+                    error!("Front end cannot be served: {error}");
+                    thread::sleep(ACCEPT_RETRY);
+                }
+            }
+        },
+    }
+}
+
+/// Why a connection ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ended {
+    Disconnect,
+    Signal,
+}
+
+fn serve_connection<D: Device>(connection: Connection<D>, signals: &Signals) -> io::Result<Ended> {
+    info!("A front end has connected");
+    let ended = match wait(&[signals.as_fd(), connection.ended.as_fd()])? {
+        0 => Ended::Signal,
+        _ => Ended::Disconnect,
+    };
+    if ended == Ended::Signal {
+        info!("Asked to end: completing what is in flight");
+        notify_supervisor(NotifyState::Stopping);
+        end_late();
+    }
+    connection.close(signals);
+    Ok(ended)
+}
+
+/// Ends the process if the requests in flight do not finish in time, say because the storage hangs.
+fn end_late() {
+    thread::spawn(|| {
+        thread::sleep(DRAIN_TIMEOUT);
+        error!(
+            "Requests in flight did not finish within {} seconds",
+            DRAIN_TIMEOUT.as_secs()
+        );
+        std::process::exit(1);
+    });
+}
+
+fn notify_supervisor(state: NotifyState<'_>) {
+    // Without a supervisor that listens this does nothing.
+    if let Err(error) = sd_notify::notify(&[state]) {
+        warn!("The service manager cannot be notified: {error}");
+    }
+}
+
+/// SIGTERM and SIGINT as a file descriptor that becomes readable, and stays so.
+struct Signals(UnixStream);
+
+impl Signals {
+    fn install() -> io::Result<Self> {
+        let (receiver, sender) = UnixStream::pair()?;
+        for signal in [SIGTERM, SIGINT] {
+            signal_hook::low_level::pipe::register(signal, sender.try_clone()?)?;
+        }
+        Ok(Self(receiver))
+    }
+
+    fn arrived(&self) -> bool {
+        let mut fds = [PollFd::new(&self.0, PollFlags::IN)];
+        poll(&mut fds, Some(&rustix::event::Timespec::default())).is_ok_and(|count| count > 0)
+    }
+}
+
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Waits until one of `fds` is readable or closed, and gives the place of the first that is.
+fn wait(fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
+    let mut polled: Vec<PollFd<'_>> = fds
+        .iter()
+        .map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN))
+        .collect();
+    loop {
+        match poll(&mut polled, None) {
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+            Ok(_) => {
+                if let Some(first) = polled.iter().position(|fd| !fd.revents().is_empty()) {
+                    return Ok(first);
+                }
+            }
+        }
+    }
+}
+
+/// A front end and all that serves it: the link's thread, the stock daemon's thread, and one thread for each queue.
+struct Connection<D: Device> {
+    front: UnixStream,
+    link: JoinHandle<io::Result<()>>,
+    /// Closed by the link's thread when it ends.
+    ended: UnixStream,
+    daemon: VhostUserDaemon<Arc<Backend<D>>>,
+    backend: Arc<Backend<D>>,
+}
+
+impl<D: Device> Connection<D> {
+    fn start(device: &Arc<D>, notifier: &ConfigNotifier, front: UnixStream) -> io::Result<Self> {
+        front.set_nonblocking(false)?;
+        let memory = memory::empty();
+        let log = Arc::new(DirtyLog::default());
+        let (listener, inner) = link::pair()?;
+        let (ended, ending) = UnixStream::pair()?;
+        let backend = Arc::new(Backend::new(
+            Arc::clone(device),
+            memory.clone(),
+            Arc::clone(&log),
+        )?);
+        let link = Link::new(
+            front.try_clone()?,
+            inner,
+            Arc::clone(device),
+            log,
+            notifier.clone(),
+        );
+
+        let mut daemon =
+            VhostUserDaemon::new("vhost-user".into(), Arc::clone(&backend), memory).map_err(io_error)?;
+        let started = daemon
+            .start(&mut Listener::from(listener))
+            .map_err(io_error)
+            .and_then(|()| {
+                let handlers = daemon.get_epoll_handlers();
+                backend.register_event_fds(|queue, fd| {
+                    // Numbers up to the number of queues belong to the crate, and it knows each thread's one queue as 0.
+                    handlers[queue].register_listener(fd.as_raw_fd(), EventSet::IN, WORKER_EVENT)
+                })
+            });
+        let link = started.and_then(|()| {
+            thread::Builder::new().name("link".into()).spawn(move || {
+                let _ending = ending;
+                link.run()
+            })
+        });
+        match link {
+            Ok(link) => Ok(Self {
+                front,
+                link,
+                ended,
+                daemon,
+                backend,
+            }),
+            Err(error) => {
+                drop(daemon);
+                sys::close_forgotten(backend.take_exit_events());
+                Err(error)
+            }
+        }
+    }
+
+    /// Completes what is in flight, and ends all threads of the connection.
+    fn close(mut self, signals: &Signals) {
+        if !signals.arrived() {
+            // Requests of a front end that is gone: a signal must still be able to end the process.
+            while !self
+                .backend
+                .stop(Some(std::time::Instant::now() + Duration::from_millis(500)))
+            {
+                if signals.arrived() {
+                    end_late();
+                    break;
+                }
+            }
+        }
+        self.backend.stop(None);
+        // Fails when the front end was first.
+        let _ = self.front.shutdown(std::net::Shutdown::Both);
+        match self.link.join() {
+            Ok(Ok(())) => info!("The front end has left"),
+            Ok(Err(error)) => warn!("The connection to the front end has ended: {error}"),
+            Err(_) => error!("The connection to the front end has ended by a bug"),
+        }
+        // The link closed the private socket, which ends the daemon's thread. Its error says just that.
+        let _ = self.daemon.wait();
+        drop(self.daemon);
+        sys::close_forgotten(self.backend.take_exit_events());
+    }
+}
+
+/// The number under which a worker's own file descriptor is watched: beyond the 64 queues and the exit event.
+const WORKER_EVENT: u64 = 128;
+
+/// The crate's error as an I/O error.
+fn io_error(error: vhost_user_backend::Error) -> io::Error {
+    io::Error::other(error.to_string())
+}

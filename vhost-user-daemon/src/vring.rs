@@ -1,0 +1,163 @@
+//! The ring state that `vhost-user-backend` keeps for us, with the gaps of its own vring types closed.
+
+use std::fs::File;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::fs::OFlags;
+use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
+use virtio_queue::Error as QueueError;
+
+use crate::memory::SharedMemory;
+
+/// A virtqueue as the control plane sees it: addresses, indices, eventfds, enabled or not.
+///
+/// It is the crate's `VringMutex`, but
+/// - the eventfds of the front end are made non-blocking, so that none of them can hold up a worker;
+/// - a kick that somebody else already consumed is no error, which would end the worker for good (QEMU reads the kick
+///   eventfd itself when it takes a ring back, and a worker may be just about to do the same);
+/// - a ring that the guest broke is remembered until it is started anew, and reported through the error eventfd.
+#[derive(Clone)]
+pub struct Vring {
+    state: VringMutex<SharedMemory>,
+    extra: Arc<Extra>,
+}
+
+#[derive(Default)]
+struct Extra {
+    broken: AtomicBool,
+    error: Mutex<Option<File>>,
+}
+
+impl Vring {
+    /// Stops the ring until the front end starts it again, and tells the front end (vhost-user text,
+    /// `VHOST_USER_SET_VRING_ERR`).
+    pub(crate) fn set_broken(&self) {
+        if !self.extra.broken.swap(true, Ordering::Relaxed)
+            && let Some(error) = &*self.extra.error.lock().unwrap_or_else(PoisonError::into_inner)
+        {
+            // An error here means that nobody listens.
+            let _ = rustix::io::write(error, &1u64.to_ne_bytes());
+        }
+    }
+
+    /// Whether [`Vring::set_broken`] was called since the ring was started.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.extra.broken.load(Ordering::Relaxed)
+    }
+}
+
+/// Makes an eventfd (or, with User Mode Linux, a socket) of the front end non-blocking.
+fn nonblocking(file: Option<File>) -> Option<File> {
+    if let Some(file) = &file
+        && let Ok(flags) = rustix::fs::fcntl_getfl(file)
+    {
+        // Fails for no kind of file that can be waited for.
+        let _ = rustix::fs::fcntl_setfl(file, flags | OFlags::NONBLOCK);
+    }
+    file
+}
+
+impl<'a> VringStateGuard<'a, SharedMemory> for Vring {
+    type G = MutexGuard<'a, VringState<SharedMemory>>;
+}
+
+impl<'a> VringStateMutGuard<'a, SharedMemory> for Vring {
+    type G = MutexGuard<'a, VringState<SharedMemory>>;
+}
+
+impl VringT<SharedMemory> for Vring {
+    fn new(mem: SharedMemory, max_queue_size: u16) -> Result<Self, QueueError> {
+        Ok(Self {
+            state: VringMutex::new(mem, max_queue_size)?,
+            extra: Arc::default(),
+        })
+    }
+
+    fn get_ref(&self) -> MutexGuard<'_, VringState<SharedMemory>> {
+        self.state.get_ref()
+    }
+
+    fn get_mut(&self) -> MutexGuard<'_, VringState<SharedMemory>> {
+        self.state.get_mut()
+    }
+
+    fn add_used(&self, desc_index: u16, len: u32) -> Result<(), QueueError> {
+        self.state.add_used(desc_index, len)
+    }
+
+    fn signal_used_queue(&self) -> io::Result<()> {
+        self.state.signal_used_queue()
+    }
+
+    fn enable_notification(&self) -> Result<bool, QueueError> {
+        self.state.enable_notification()
+    }
+
+    fn disable_notification(&self) -> Result<(), QueueError> {
+        self.state.disable_notification()
+    }
+
+    fn needs_notification(&self) -> Result<bool, QueueError> {
+        self.state.needs_notification()
+    }
+
+    fn set_enabled(&self, enabled: bool) {
+        self.state.set_enabled(enabled);
+    }
+
+    fn set_queue_info(&self, desc_table: u64, avail_ring: u64, used_ring: u64) -> Result<(), QueueError> {
+        self.state.set_queue_info(desc_table, avail_ring, used_ring)
+    }
+
+    fn queue_next_avail(&self) -> u16 {
+        self.state.queue_next_avail()
+    }
+
+    fn set_queue_next_avail(&self, base: u16) {
+        self.state.set_queue_next_avail(base);
+    }
+
+    fn set_queue_next_used(&self, idx: u16) {
+        self.state.set_queue_next_used(idx);
+    }
+
+    fn queue_used_idx(&self) -> Result<u16, QueueError> {
+        self.state.queue_used_idx()
+    }
+
+    fn set_queue_size(&self, num: u16) {
+        self.state.set_queue_size(num);
+    }
+
+    fn set_queue_event_idx(&self, enabled: bool) {
+        self.state.set_queue_event_idx(enabled);
+    }
+
+    fn set_queue_ready(&self, ready: bool) {
+        if ready {
+            self.extra.broken.store(false, Ordering::Relaxed);
+        }
+        self.state.set_queue_ready(ready);
+    }
+
+    fn set_kick(&self, file: Option<File>) {
+        self.state.set_kick(nonblocking(file));
+    }
+
+    fn read_kick(&self) -> io::Result<bool> {
+        match self.state.read_kick() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(self.get_ref().is_enabled()),
+            result => result,
+        }
+    }
+
+    fn set_call(&self, file: Option<File>) {
+        self.state.set_call(nonblocking(file));
+    }
+
+    fn set_err(&self, file: Option<File>) {
+        *self.extra.error.lock().unwrap_or_else(PoisonError::into_inner) = nonblocking(file);
+    }
+}
