@@ -9,10 +9,8 @@ use crate::image::{EngineChoice, ImageOptions};
 use crate::request::ID_BYTES;
 
 /// What `--print-capabilities` prints.
-pub const CAPABILITIES: Capabilities = Capabilities {
-    device_type: DeviceType::Block,
-    features: &["read-only", "blk-file"],
-};
+pub const CAPABILITIES: Capabilities =
+    Capabilities { device_type: DeviceType::Block, features: &["read-only", "blk-file"] };
 
 /// Serves a disk image or block device to a virtual machine, as a virtio block device over vhost-user.
 #[derive(Debug, Parser)]
@@ -76,9 +74,7 @@ pub type Serial = [u8; ID_BYTES];
 
 fn parse_serial(text: &str) -> Result<Serial, String> {
     if text.len() > ID_BYTES || !text.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' ') {
-        return Err(format!(
-            "at most {ID_BYTES} printable ASCII characters are possible"
-        ));
+        return Err(format!("at most {ID_BYTES} printable ASCII characters are possible"));
     }
     let mut serial = [0; ID_BYTES];
     serial[..text.len()].copy_from_slice(text.as_bytes());
@@ -92,10 +88,7 @@ impl Args {
             path: self.blk_file.clone(),
             read_only: self.read_only,
             direct: self.cache == Cache::Direct,
-            logical_block_size: self
-                .logical_block_size
-                .as_ref()
-                .and_then(|size| size.parse().ok()),
+            logical_block_size: self.logical_block_size.as_ref().and_then(|size| size.parse().ok()),
         }
     }
 }

@@ -109,11 +109,7 @@ mod tests {
 
     #[test]
     fn any_part_can_be_read() {
-        let config = BlkConfig {
-            capacity: 0x0102_0304.into(),
-            writeback: 1,
-            ..BlkConfig::default()
-        };
+        let config = BlkConfig { capacity: 0x0102_0304.into(), writeback: 1, ..BlkConfig::default() };
         let mut whole = [0; 64];
         config.read(0, &mut whole);
         for offset in [0, 3, 32, 59, 60, 63, 1 << 40] {
@@ -122,11 +118,7 @@ mod tests {
             for (index, byte) in part.iter().enumerate() {
                 assert_eq!(
                     *byte,
-                    offset
-                        .checked_add(index)
-                        .and_then(|at| whole.get(at))
-                        .copied()
-                        .unwrap_or(0)
+                    offset.checked_add(index).and_then(|at| whole.get(at)).copied().unwrap_or(0)
                 );
             }
         }

@@ -83,11 +83,7 @@ impl Disk {
     }
 
     fn config(&self) -> BlkConfig {
-        BlkConfig::new(
-            &self.image,
-            self.options.num_queues,
-            self.writeback.load(Ordering::Relaxed),
-        )
+        BlkConfig::new(&self.image, self.options.num_queues, self.writeback.load(Ordering::Relaxed))
     }
 }
 
@@ -113,17 +109,12 @@ impl Device for Disk {
         } else {
             1 << VIRTIO_BLK_F_CONFIG_WCE | 1 << VIRTIO_BLK_F_WRITE_ZEROES
         };
-        let discard = if self.image.can_discard() {
-            1 << VIRTIO_BLK_F_DISCARD
-        } else {
-            0
-        };
+        let discard = if self.image.can_discard() { 1 << VIRTIO_BLK_F_DISCARD } else { 0 };
         RING_FEATURES | always | by_image | discard
     }
 
     fn set_features(&self, features: u64) {
-        self.flushes
-            .store(features & (1 << VIRTIO_BLK_F_FLUSH) != 0, Ordering::Relaxed);
+        self.flushes.store(features & (1 << VIRTIO_BLK_F_FLUSH) != 0, Ordering::Relaxed);
     }
 
     fn read_config(&self, offset: usize, data: &mut [u8]) {
@@ -131,9 +122,7 @@ impl Device for Disk {
     }
 
     fn write_config(&self, offset: usize, data: &[u8]) {
-        let value = WRITEBACK_OFFSET
-            .checked_sub(offset)
-            .and_then(|index| data.get(index));
+        let value = WRITEBACK_OFFSET.checked_sub(offset).and_then(|index| data.get(index));
         if let Some(value @ (0 | 1)) = value
             && !self.image.is_read_only()
         {

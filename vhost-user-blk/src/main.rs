@@ -42,8 +42,6 @@ fn run(args: &Args) -> anyhow::Result<()> {
     ));
     disk.check_engine()?;
     let socket = Socket::open(&args.common)?;
-    let options = ServeOptions {
-        exit_on_disconnect: args.common.exit_on_disconnect,
-    };
+    let options = ServeOptions { exit_on_disconnect: args.common.exit_on_disconnect };
     serve(&disk, &ConfigNotifier::default(), &socket, options).context("Serving has ended")
 }

@@ -97,30 +97,19 @@ pub enum Request {
 /// Says what `header` asks for, with `readable` bytes of data after it, and `writable` bytes before the status.
 pub fn parse(header: &Header, readable: u64, writable: u64, limits: &Limits) -> Result<Request, Status> {
     let kind = header.kind.get();
-    let is_write = matches!(
-        kind,
-        VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES
-    );
+    let is_write = matches!(kind, VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES);
     if is_write && limits.read_only {
         return Err(Status::IoError);
     }
     match kind {
         VIRTIO_BLK_T_IN | VIRTIO_BLK_T_OUT => {
-            let (data, other) = if is_write {
-                (readable, writable)
-            } else {
-                (writable, readable)
-            };
+            let (data, other) = if is_write { (readable, writable) } else { (writable, readable) };
             if data == 0 || other != 0 {
                 return Err(Status::IoError);
             }
             let offset = header.sector.get().checked_mul(SECTOR).ok_or(Status::IoError)?;
             check_range(offset, data, limits)?;
-            Ok(if is_write {
-                Request::Out { offset }
-            } else {
-                Request::In { offset }
-            })
+            Ok(if is_write { Request::Out { offset } } else { Request::In { offset } })
         }
         VIRTIO_BLK_T_FLUSH => Ok(Request::Flush),
         VIRTIO_BLK_T_GET_ID if writable < ID_BYTES as u64 => Err(Status::IoError),
@@ -155,11 +144,7 @@ pub fn parse_segments(
         let len = u64::from(segment.num_sectors.get()) * SECTOR;
         check_range(offset, len, limits)?;
         if len > 0 {
-            ranges.push(Range {
-                offset,
-                len,
-                unmap: flags & UNMAP != 0,
-            });
+            ranges.push(Range { offset, len, unmap: flags & UNMAP != 0 });
         }
     }
     Ok(())
@@ -177,11 +162,7 @@ fn check_segments(readable: u64, request: Request) -> Result<Request, Status> {
 fn check_range(offset: u64, len: u64, limits: &Limits) -> Result<(), Status> {
     let block = u64::from(limits.block_size);
     let fits = offset <= limits.capacity && len <= limits.capacity - offset;
-    if fits && offset % block == 0 && len % block == 0 {
-        Ok(())
-    } else {
-        Err(Status::IoError)
-    }
+    if fits && offset % block == 0 && len % block == 0 { Ok(()) } else { Err(Status::IoError) }
 }
 
 #[cfg(test)]
@@ -190,113 +171,58 @@ mod tests {
 
     use super::*;
 
-    const LIMITS: Limits = Limits {
-        capacity: 1 << 20,
-        block_size: 512,
-        read_only: false,
-        discard: true,
-    };
+    const LIMITS: Limits = Limits { capacity: 1 << 20, block_size: 512, read_only: false, discard: true };
 
     fn header(kind: u32, sector: u64) -> Header {
-        Header {
-            kind: kind.into(),
-            reserved: 0.into(),
-            sector: sector.into(),
-        }
+        Header { kind: kind.into(), reserved: 0.into(), sector: sector.into() }
     }
 
     #[test]
     fn transfers_stay_inside_the_disk() {
         let last = (1 << 20) / 512 - 1;
         let read = |sector, len| parse(&header(VIRTIO_BLK_T_IN, sector), 0, len, &LIMITS);
-        assert_eq!(
-            read(last, 512),
-            Ok(Request::In {
-                offset: (1 << 20) - 512
-            })
-        );
-        for (sector, len) in [
-            (last, 1024),
-            (last + 1, 512),
-            (u64::MAX, 512),
-            (u64::MAX / 512, 512),
-            (0, 0),
-            (0, 511),
-        ] {
-            assert_eq!(
-                read(sector, len),
-                Err(Status::IoError),
-                "sector {sector}, {len} bytes"
-            );
+        assert_eq!(read(last, 512), Ok(Request::In { offset: (1 << 20) - 512 }));
+        for (sector, len) in
+            [(last, 1024), (last + 1, 512), (u64::MAX, 512), (u64::MAX / 512, 512), (0, 0), (0, 511)]
+        {
+            assert_eq!(read(sector, len), Err(Status::IoError), "sector {sector}, {len} bytes");
         }
     }
 
     #[test]
     fn data_goes_one_way_only() {
-        for (kind, readable, writable) in [
-            (VIRTIO_BLK_T_IN, 512, 512),
-            (VIRTIO_BLK_T_OUT, 512, 512),
-            (VIRTIO_BLK_T_IN, 512, 0),
-        ] {
-            assert_eq!(
-                parse(&header(kind, 0), readable, writable, &LIMITS),
-                Err(Status::IoError)
-            );
+        for (kind, readable, writable) in
+            [(VIRTIO_BLK_T_IN, 512, 512), (VIRTIO_BLK_T_OUT, 512, 512), (VIRTIO_BLK_T_IN, 512, 0)]
+        {
+            assert_eq!(parse(&header(kind, 0), readable, writable, &LIMITS), Err(Status::IoError));
         }
     }
 
     #[test]
     fn blocks_larger_than_a_sector_are_whole() {
-        let limits = Limits {
-            block_size: 4096,
-            ..LIMITS
-        };
-        assert_eq!(
-            parse(&header(VIRTIO_BLK_T_IN, 8), 0, 4096, &limits),
-            Ok(Request::In { offset: 4096 })
-        );
-        assert_eq!(
-            parse(&header(VIRTIO_BLK_T_IN, 1), 0, 4096, &limits),
-            Err(Status::IoError)
-        );
-        assert_eq!(
-            parse(&header(VIRTIO_BLK_T_IN, 0), 0, 512, &limits),
-            Err(Status::IoError)
-        );
+        let limits = Limits { block_size: 4096, ..LIMITS };
+        assert_eq!(parse(&header(VIRTIO_BLK_T_IN, 8), 0, 4096, &limits), Ok(Request::In { offset: 4096 }));
+        assert_eq!(parse(&header(VIRTIO_BLK_T_IN, 1), 0, 4096, &limits), Err(Status::IoError));
+        assert_eq!(parse(&header(VIRTIO_BLK_T_IN, 0), 0, 512, &limits), Err(Status::IoError));
     }
 
     #[test]
     fn a_read_only_disk_refuses_every_change() {
-        let limits = Limits {
-            read_only: true,
-            discard: false,
-            ..LIMITS
-        };
+        let limits = Limits { read_only: true, discard: false, ..LIMITS };
         for kind in [VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
             assert_eq!(parse(&header(kind, 0), 512, 0, &limits), Err(Status::IoError));
         }
-        assert_eq!(
-            parse(&header(VIRTIO_BLK_T_FLUSH, 0), 0, 0, &limits),
-            Ok(Request::Flush)
-        );
+        assert_eq!(parse(&header(VIRTIO_BLK_T_FLUSH, 0), 0, 0, &limits), Ok(Request::Flush));
     }
 
     #[test]
     fn flags_of_segments() {
-        let segment = |flags: u32| Segment {
-            sector: 8.into(),
-            num_sectors: 8.into(),
-            flags: flags.into(),
-        };
+        let segment = |flags: u32| Segment { sector: 8.into(), num_sectors: 8.into(), flags: flags.into() };
         let mut ranges = Vec::new();
         let mut parse = |request, flags| {
             parse_segments(request, &[segment(flags)], &LIMITS, &mut ranges).map(|()| ranges.clone())
         };
-        let range = |unmap| Range {
-            offset: 4096,
-            len: 4096,
-            unmap,
-        };
+        let range = |unmap| Range { offset: 4096, len: 4096, unmap };
         assert_eq!(parse(Request::WriteZeroes, 1), Ok(vec![range(true)]));
         assert_eq!(parse(Request::WriteZeroes, 2), Err(Status::Unsupported));
         assert_eq!(parse(Request::Discard, 0), Ok(vec![range(false)]));

@@ -57,23 +57,14 @@ impl Job for Box<Task> {
     fn operation(&self) -> Operation<'_> {
         let durable = self.durable;
         match self.step {
-            Step::Execute(Request::In { offset }) => Operation::Read {
-                offset,
-                buffers: self.chain.writable(),
-            },
-            Step::Execute(Request::Out { offset }) => Operation::Write {
-                offset,
-                buffers: self.chain.readable(),
-                durable,
-            },
-            Step::Execute(Request::Discard) => Operation::Discard {
-                ranges: &self.ranges,
-                durable,
-            },
-            Step::Execute(Request::WriteZeroes) => Operation::WriteZeroes {
-                ranges: &self.ranges,
-                durable,
-            },
+            Step::Execute(Request::In { offset }) => {
+                Operation::Read { offset, buffers: self.chain.writable() }
+            }
+            Step::Execute(Request::Out { offset }) => {
+                Operation::Write { offset, buffers: self.chain.readable(), durable }
+            }
+            Step::Execute(Request::Discard) => Operation::Discard { ranges: &self.ranges, durable },
+            Step::Execute(Request::WriteZeroes) => Operation::WriteZeroes { ranges: &self.ranges, durable },
             // The others never reach the engine; a flush does no harm.
             _ => Operation::Flush,
         }
@@ -90,16 +81,13 @@ impl Task {
         if self.chain.read(header.as_mut_bytes()).is_err() {
             return Step::Finish(Status::IoError);
         }
-        let parsed = request::parse(
-            &header,
-            self.chain.readable_len(),
-            self.chain.writable_len(),
-            limits,
-        )
-        .and_then(|request| match request {
-            Request::Discard | Request::WriteZeroes => self.parse_segments(request, limits).map(|()| request),
-            _ => Ok(request),
-        });
+        let parsed = request::parse(&header, self.chain.readable_len(), self.chain.writable_len(), limits)
+            .and_then(|request| match request {
+                Request::Discard | Request::WriteZeroes => {
+                    self.parse_segments(request, limits).map(|()| request)
+                }
+                _ => Ok(request),
+            });
         match parsed {
             Ok(Request::Discard | Request::WriteZeroes) if self.ranges.is_empty() => Step::Finish(Status::Ok),
             Ok(request) => Step::Execute(request),
@@ -112,9 +100,7 @@ impl Task {
         // `request::parse` has checked the length.
         let count = self.chain.readable_len() as usize / size_of::<Segment>();
         let segments = &mut segments[..count];
-        self.chain
-            .read(segments.as_mut_bytes())
-            .map_err(|_| Status::IoError)?;
+        self.chain.read(segments.as_mut_bytes()).map_err(|_| Status::IoError)?;
         request::parse_segments(request, segments, limits, &mut self.ranges)
     }
 
@@ -206,11 +192,8 @@ impl BlkWorker {
     fn complete(&mut self, task: Box<Task>, result: io::Result<()>, ring: &mut Ring) {
         match result {
             Ok(()) => {
-                let written = if let Step::Execute(Request::In { .. }) = task.step {
-                    task.data_len()
-                } else {
-                    0
-                };
+                let written =
+                    if let Step::Execute(Request::In { .. }) = task.step { task.data_len() } else { 0 };
                 self.finish(task, Status::Ok, written, ring);
             }
             Err(error) => {
@@ -246,11 +229,7 @@ impl Worker for BlkWorker {
             // Reads from the page cache are done by now.
             self.reap(ring);
         }
-        if reaped || popped {
-            Progress::Busy
-        } else {
-            Progress::Idle
-        }
+        if reaped || popped { Progress::Busy } else { Progress::Idle }
     }
 
     fn in_flight(&self) -> usize {

@@ -68,21 +68,9 @@ impl<D: Device> Backend<D> {
     pub fn new(device: Arc<D>, memory: SharedMemory, log: Arc<DirtyLog>) -> io::Result<Self> {
         device.reset();
         let queues = (0..device.num_queues())
-            .map(|index| {
-                Ok(Mutex::new(Queue {
-                    worker: device.new_worker(index)?,
-                    ring: None,
-                }))
-            })
+            .map(|index| Ok(Mutex::new(Queue { worker: device.new_worker(index)?, ring: None })))
             .collect::<io::Result<_>>()?;
-        Ok(Self {
-            device,
-            memory,
-            log,
-            stopped: Arc::default(),
-            queues,
-            exit_events: Mutex::default(),
-        })
+        Ok(Self { device, memory, log, stopped: Arc::default(), queues, exit_events: Mutex::default() })
     }
 
     /// Calls `register` with the number of each queue and the file descriptor that its worker wants watched.
@@ -166,10 +154,7 @@ impl<D: Device> VhostUserBackend for Backend<D> {
         // way to fail, and then the epoll descriptor made just before could not exist either.
         let (consumer, notifier) =
             new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC).ok()?;
-        self.exit_events
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(consumer.as_raw_fd());
+        self.exit_events.lock().unwrap_or_else(PoisonError::into_inner).push(consumer.as_raw_fd());
         Some((consumer, notifier))
     }
 

@@ -5,10 +5,7 @@
 //! as iovecs, never borrowed as a Rust reference.
 //!
 //! Virtio 1.3 text, sections 2.7.4 to 2.7.5 (message framing, descriptor table, indirect descriptors).
-#![expect(
-    unsafe_code,
-    reason = "guest memory is raw memory shared with another process"
-)]
+#![expect(unsafe_code, reason = "guest memory is raw memory shared with another process")]
 
 use std::sync::Arc;
 
@@ -107,10 +104,7 @@ impl Descriptor {
         // SAFETY: inside the table as the caller promises. Volatile and unaligned because the guest may write at any
         // time and chooses the address of an indirect table.
         let raw: [u8; DESCRIPTOR_SIZE] = unsafe {
-            table
-                .add(usize::from(index) * DESCRIPTOR_SIZE)
-                .cast::<[u8; DESCRIPTOR_SIZE]>()
-                .read_volatile()
+            table.add(usize::from(index) * DESCRIPTOR_SIZE).cast::<[u8; DESCRIPTOR_SIZE]>().read_volatile()
         };
         let value = u128::from_le_bytes(raw);
         Self {
@@ -183,10 +177,8 @@ impl Chain {
                 if count == 0 || bytes % DESCRIPTOR_SIZE != 0 || count > usize::from(u16::MAX) + 1 {
                     return Err(ChainError::IndirectLength(descriptor.len));
                 }
-                let table = host_ptr(memory, descriptor.addr, bytes).ok_or(ChainError::OutsideMemory {
-                    addr: descriptor.addr,
-                    len: bytes as u64,
-                })?;
+                let table = host_ptr(memory, descriptor.addr, bytes)
+                    .ok_or(ChainError::OutsideMemory { addr: descriptor.addr, len: bytes as u64 })?;
                 // SAFETY: `host_ptr` found `count` whole descriptors in one region of `memory`.
                 return unsafe { self.walk(memory, table, count as u32, 0, true, total) };
             }
@@ -211,24 +203,15 @@ impl Chain {
         }
         let (mut addr, mut left) = (descriptor.addr, descriptor.len as usize);
         while left > 0 {
-            let outside = ChainError::OutsideMemory {
-                addr,
-                len: left as u64,
-            };
+            let outside = ChainError::OutsideMemory { addr, len: left as u64 };
             let range = host_range(memory, addr, left).ok_or(outside)?;
             if self.segments.len() == MAX_SEGMENTS {
                 return Err(ChainError::TooManySegments);
             }
-            self.segments.push(iovec {
-                iov_base: range.ptr.cast(),
-                iov_len: range.len,
-            });
+            self.segments.push(iovec { iov_base: range.ptr.cast(), iov_len: range.len });
             left -= range.len;
             // A region that ends at the top of the address space has no next byte.
-            addr = addr
-                .checked_add(range.len as u64)
-                .filter(|_| left > 0)
-                .unwrap_or_default();
+            addr = addr.checked_add(range.len as u64).filter(|_| left > 0).unwrap_or_default();
             if addr == 0 && left > 0 {
                 return Err(outside);
             }
@@ -334,14 +317,7 @@ impl Chain {
         // SAFETY: the byte was part of a segment of this chain, whose memory map `self.memory` still holds.
         unsafe { ptr.write_volatile(value) };
         if log.is_enabled() {
-            log.mark_iovecs(
-                memory,
-                &[iovec {
-                    iov_base: ptr.cast(),
-                    iov_len: 1,
-                }],
-                1,
-            );
+            log.mark_iovecs(memory, &[iovec { iov_base: ptr.cast(), iov_len: 1 }], 1);
         }
         true
     }

@@ -109,9 +109,7 @@ pub fn parse<A: CommandFactory + FromArgMatches>(capabilities: &Capabilities) ->
         Ok(args) => args,
         Err(Outcome::Print(text)) => {
             // Nobody is left to be told when stdout is closed; the status says it.
-            let written = io::stdout()
-                .write_all(text.as_bytes())
-                .and_then(|()| io::stdout().flush());
+            let written = io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush());
             process::exit(i32::from(written.is_err()))
         }
         Err(Outcome::Fail(message)) => {
@@ -159,9 +157,8 @@ fn outcome(error: &clap::Error) -> Outcome {
 ///
 /// clap writes paragraphs: "error: ...", any number of "  tip: ...", "Usage: ...", "For more information, ...".
 fn one_line(message: &str) -> String {
-    let mut paragraphs = message
-        .split("\n\n")
-        .map(|paragraph| paragraph.split_whitespace().collect::<Vec<_>>().join(" "));
+    let mut paragraphs =
+        message.split("\n\n").map(|paragraph| paragraph.split_whitespace().collect::<Vec<_>>().join(" "));
     let what = paragraphs.next().unwrap_or_default();
     let what = what.strip_prefix("error: ").unwrap_or(&what);
     let mut line = capitalized(what);
@@ -174,12 +171,7 @@ fn one_line(message: &str) -> String {
 
 fn capitalized(text: &str) -> String {
     let mut chars = text.chars();
-    chars
-        .next()
-        .into_iter()
-        .flat_map(char::to_uppercase)
-        .chain(chars)
-        .collect()
+    chars.next().into_iter().flat_map(char::to_uppercase).chain(chars).collect()
 }
 
 /// Reports the error that ends a daemon as one line on stderr, `program: what: why`, and returns status 1.
@@ -235,10 +227,8 @@ mod tests {
     use std::io::Error as IoError;
     use std::path::PathBuf;
 
-    const CAPABILITIES: Capabilities = Capabilities {
-        device_type: DeviceType::Block,
-        features: &["read-only", "blk-file"],
-    };
+    const CAPABILITIES: Capabilities =
+        Capabilities { device_type: DeviceType::Block, features: &["read-only", "blk-file"] };
 
     /// Serves a disk image to a virtual machine.
     #[derive(clap::Parser, Debug)]
@@ -258,11 +248,7 @@ mod tests {
     }
 
     fn parse(arguments: &[&str]) -> Result<TestArgs, Outcome> {
-        let arguments = ["/usr/bin/vhost-user-blk"]
-            .iter()
-            .chain(arguments)
-            .map(OsString::from)
-            .collect();
+        let arguments = ["/usr/bin/vhost-user-blk"].iter().chain(arguments).map(OsString::from).collect();
         parse_from(arguments, &CAPABILITIES)
     }
 
@@ -294,29 +280,14 @@ mod tests {
             &["--help", "--print-capabilities"],
             &["--", "--print-capabilities"],
         ] {
-            assert_eq!(
-                parse(arguments).unwrap_err(),
-                Outcome::Print(expected.into()),
-                "{arguments:?}"
-            );
+            assert_eq!(parse(arguments).unwrap_err(), Outcome::Print(expected.into()), "{arguments:?}");
         }
     }
 
     #[test]
     fn device_types_are_those_of_qemu() {
-        let names = [
-            DeviceType::NineP,
-            DeviceType::Balloon,
-            DeviceType::Block,
-            DeviceType::Net,
-        ]
-        .map(|device_type| {
-            serde_json::to_string(&Capabilities {
-                device_type,
-                features: &[],
-            })
-            .unwrap()
-        });
+        let names = [DeviceType::NineP, DeviceType::Balloon, DeviceType::Block, DeviceType::Net]
+            .map(|device_type| serde_json::to_string(&Capabilities { device_type, features: &[] }).unwrap());
         assert_eq!(
             names,
             ["9p", "balloon", "block", "net"].map(|name| format!(r#"{{"type":"{name}","features":[]}}"#))
@@ -352,23 +323,11 @@ mod tests {
 
     #[test]
     fn help_and_version_are_not_errors() {
-        let Err(Outcome::Print(help)) = parse(&["--help"]) else {
-            panic!("no help")
-        };
-        for part in [
-            "Socket:",
-            "Queues:",
-            "Logging:",
-            "--print-capabilities",
-            "[default: 2]",
-            "share=on",
-        ] {
+        let Err(Outcome::Print(help)) = parse(&["--help"]) else { panic!("no help") };
+        for part in ["Socket:", "Queues:", "Logging:", "--print-capabilities", "[default: 2]", "share=on"] {
             assert!(help.contains(part), "{part} is missing:\n{help}");
         }
-        assert_eq!(
-            parse(&["--version"]).unwrap_err(),
-            Outcome::Print("vhost-user-blk 1.2.3\n".into())
-        );
+        assert_eq!(parse(&["--version"]).unwrap_err(), Outcome::Print("vhost-user-blk 1.2.3\n".into()));
     }
 
     #[test]
@@ -385,10 +344,7 @@ mod tests {
 
     #[test]
     fn the_program_is_named_without_its_directory() {
-        assert_eq!(
-            program_name(Some(OsStr::new("/usr/libexec/vhost-user-blk"))),
-            "vhost-user-blk"
-        );
+        assert_eq!(program_name(Some(OsStr::new("/usr/libexec/vhost-user-blk"))), "vhost-user-blk");
         assert_eq!(program_name(Some(OsStr::new(""))), "vhost-user");
         assert_eq!(program_name(None), "vhost-user");
     }

@@ -98,12 +98,8 @@ fn write_line(out: &mut impl Write, style: Style, ts: &impl fmt::Display, record
         Style::Text => writeln!(out, "{ts} {level} {}", Escaped(message)),
         Style::Journal => writeln!(out, "<{}>{level} {}", syslog_priority(level), Escaped(message)),
         Style::Json => {
-            let line = JsonLine {
-                ts: format_args!("{ts}"),
-                level,
-                target: record.target(),
-                message: *message,
-            };
+            let line =
+                JsonLine { ts: format_args!("{ts}"), level, target: record.target(), message: *message };
             serde_json::to_writer(&mut *out, &line)?;
             writeln!(out)
         }
@@ -175,9 +171,8 @@ fn log_panic(info: &PanicHookInfo) {
     let name = thread.name().unwrap_or("?");
     let payload = info.payload();
     let reason = payload.downcast_ref::<&str>().copied();
-    let reason = reason
-        .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
-        .unwrap_or("(no message)");
+    let reason =
+        reason.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("(no message)");
     match info.location() {
         Some(location) => log::error!(target: "panic", "Panic in thread {name} at {location}: {reason}"),
         None => log::error!(target: "panic", "Panic in thread {name}: {reason}"),
@@ -197,11 +192,7 @@ mod tests {
     use std::process::Command;
 
     fn line(style: Style, level: Level, message: fmt::Arguments) -> String {
-        let record = Record::builder()
-            .level(level)
-            .target("a::b")
-            .args(message)
-            .build();
+        let record = Record::builder().level(level).target("a::b").args(message).build();
         let mut out = Vec::new();
         write_line(&mut out, style, &"2026-05-01T12:00:00.000Z", &record).unwrap();
         String::from_utf8(out).unwrap()
@@ -236,10 +227,7 @@ mod tests {
     fn a_guest_cannot_forge_lines_or_escape_sequences() {
         let name = "x\n2026 ERROR forged\r\x1b[2J\u{9b}é";
         let text = line(Style::Text, Level::Info, format_args!("File {name}"));
-        assert_eq!(
-            text,
-            "2026-05-01T12:00:00.000Z INFO File x\\n2026 ERROR forged\\r\\u{1b}[2J\\u{9b}é\n"
-        );
+        assert_eq!(text, "2026-05-01T12:00:00.000Z INFO File x\\n2026 ERROR forged\\r\\u{1b}[2J\\u{9b}é\n");
     }
 
     #[test]
@@ -247,10 +235,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         let stat = rustix::fs::fstat(&file).unwrap();
         assert!(is_journal(&format!("{}:{}", stat.st_dev, stat.st_ino), &file));
-        assert!(!is_journal(
-            &format!("{}:{}", stat.st_dev, stat.st_ino + 1),
-            &file
-        ));
+        assert!(!is_journal(&format!("{}:{}", stat.st_dev, stat.st_ino + 1), &file));
         assert!(!is_journal("", &file));
     }
 
@@ -259,11 +244,8 @@ mod tests {
     #[ignore = "child of other tests"]
     fn child() {
         let level = env::var("TEST_LEVEL").ok().map(|level| level.parse().unwrap());
-        let format = if env::var("TEST_FORMAT").as_deref() == Ok("json") {
-            Format::Json
-        } else {
-            Format::Text
-        };
+        let format =
+            if env::var("TEST_FORMAT").as_deref() == Ok("json") { Format::Json } else { Format::Text };
         init(level, format);
         init(Some(LevelFilter::Trace), Format::Json);
         log::debug!("at debug");
@@ -326,11 +308,7 @@ mod tests {
     fn a_level_that_is_off_uses_up_no_burst() {
         let log = run_child(&[("TEST_LEVEL", "warn")]);
         assert!(!log.contains("quiet"), "{log}");
-        assert_eq!(
-            log.lines().filter(|line| line.starts_with("suppressed ")).count(),
-            1,
-            "{log}"
-        );
+        assert_eq!(log.lines().filter(|line| line.starts_with("suppressed ")).count(), 1, "{log}");
     }
 
     #[test]
@@ -353,10 +331,7 @@ mod tests {
     #[test]
     fn backtraces_are_logged_on_request() {
         let log = run_child(&[("TEST_FORMAT", "json"), ("RUST_BACKTRACE", "1")]);
-        let lines = log
-            .lines()
-            .filter(|line| line.contains(r#""target":"panic""#))
-            .count();
+        let lines = log.lines().filter(|line| line.contains(r#""target":"panic""#)).count();
         assert!(lines > 2, "{log}");
     }
 }

@@ -36,17 +36,12 @@ pub(crate) fn host_range(memory: &Memory, addr: u64, len: usize) -> Option<HostR
     let left = region.len() - offset;
     // Only arithmetic: the offset was just checked to lie inside the region's mapping.
     let ptr = region.as_ptr().wrapping_add(offset as usize);
-    Some(HostRange {
-        ptr,
-        len: len.min(usize::try_from(left).unwrap_or(usize::MAX)),
-    })
+    Some(HostRange { ptr, len: len.min(usize::try_from(left).unwrap_or(usize::MAX)) })
 }
 
 /// The host pointer of `len` guest bytes at `addr`, if all of them lie in one region.
 pub(crate) fn host_ptr(memory: &Memory, addr: u64, len: usize) -> Option<*mut u8> {
-    host_range(memory, addr, len)
-        .filter(|range| range.len == len)
-        .map(|range| range.ptr)
+    host_range(memory, addr, len).filter(|range| range.len == len).map(|range| range.ptr)
 }
 
 /// The guest address of a byte mapped at `ptr`, the inverse of [`host_range`].

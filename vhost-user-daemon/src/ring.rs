@@ -47,14 +47,7 @@ impl Ring {
         log: Arc<DirtyLog>,
         stopped: Arc<AtomicBool>,
     ) -> Self {
-        Self {
-            index,
-            vring,
-            memory,
-            log,
-            stopped,
-            used: Vec::new(),
-        }
+        Self { index, vring, memory, log, stopped, used: Vec::new() }
     }
 
     /// The log in which a device marks what it wrote to guest memory.
@@ -84,14 +77,7 @@ impl Ring {
             self.break_ring("the available index jumped by more than the queue size");
             return None;
         }
-        Some(Batch {
-            index: self.index,
-            state,
-            memory,
-            layout,
-            available,
-            used: &mut self.used,
-        })
+        Some(Batch { index: self.index, state, memory, layout, available, used: &mut self.used })
     }
 
     /// Notes that the chain starting at `head` is done, with `len` bytes written from the front of its device-writable
@@ -271,10 +257,7 @@ impl Layout {
     }
 
     fn avail_entry(&self, position: u16) -> u16 {
-        u16::from_le(
-            self.avail_u16(2 + usize::from(position % self.size))
-                .load(Ordering::Relaxed),
-        )
+        u16::from_le(self.avail_u16(2 + usize::from(position % self.size)).load(Ordering::Relaxed))
     }
 
     fn used_event(&self) -> u16 {
@@ -290,8 +273,7 @@ impl Layout {
     }
 
     fn set_avail_event(&self, idx: u16) {
-        self.used_u16(2 + 4 * usize::from(self.size))
-            .store(idx.to_le(), Ordering::Relaxed);
+        self.used_u16(2 + 4 * usize::from(self.size)).store(idx.to_le(), Ordering::Relaxed);
     }
 
     fn write_used(&self, position: u16, element: UsedElement) {

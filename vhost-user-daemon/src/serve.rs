@@ -77,9 +77,8 @@ pub fn serve<D: Device>(
             if wait(&[signals.as_fd(), listener.as_fd()]).map_err(ServeError::Wait)? == 0 {
                 return Ok(());
             }
-            let connection = listener
-                .accept()
-                .and_then(|(stream, _)| Connection::start(device, notifier, stream));
+            let connection =
+                listener.accept().and_then(|(stream, _)| Connection::start(device, notifier, stream));
             match connection {
                 Ok(connection) => {
                     let ended = serve_connection(connection, &signals).map_err(ServeError::Wait)?;
@@ -127,10 +126,7 @@ fn serve_connection<D: Device>(connection: Connection<D>, signals: &Signals) -> 
 fn end_late() {
     thread::spawn(|| {
         thread::sleep(DRAIN_TIMEOUT);
-        error!(
-            "Requests in flight did not finish within {} seconds",
-            DRAIN_TIMEOUT.as_secs()
-        );
+        error!("Requests in flight did not finish within {} seconds", DRAIN_TIMEOUT.as_secs());
         std::process::exit(1);
     });
 }
@@ -168,10 +164,8 @@ impl AsFd for Signals {
 
 /// Waits until one of `fds` is readable or closed, and gives the place of the first that is.
 fn wait(fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
-    let mut polled: Vec<PollFd<'_>> = fds
-        .iter()
-        .map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN))
-        .collect();
+    let mut polled: Vec<PollFd<'_>> =
+        fds.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
     loop {
         match poll(&mut polled, None) {
             Err(rustix::io::Errno::INTR) => {}
@@ -202,31 +196,18 @@ impl<D: Device> Connection<D> {
         let log = Arc::new(DirtyLog::default());
         let (listener, inner) = link::pair()?;
         let (ended, ending) = UnixStream::pair()?;
-        let backend = Arc::new(Backend::new(
-            Arc::clone(device),
-            memory.clone(),
-            Arc::clone(&log),
-        )?);
-        let link = Link::new(
-            front.try_clone()?,
-            inner,
-            Arc::clone(device),
-            log,
-            notifier.clone(),
-        );
+        let backend = Arc::new(Backend::new(Arc::clone(device), memory.clone(), Arc::clone(&log))?);
+        let link = Link::new(front.try_clone()?, inner, Arc::clone(device), log, notifier.clone());
 
         let mut daemon =
             VhostUserDaemon::new("vhost-user".into(), Arc::clone(&backend), memory).map_err(io_error)?;
-        let started = daemon
-            .start(&mut Listener::from(listener))
-            .map_err(io_error)
-            .and_then(|()| {
-                let handlers = daemon.get_epoll_handlers();
-                backend.register_event_fds(|queue, fd| {
-                    // Numbers up to the number of queues belong to the crate, and it knows each thread's one queue as 0.
-                    handlers[queue].register_listener(fd.as_raw_fd(), EventSet::IN, WORKER_EVENT)
-                })
-            });
+        let started = daemon.start(&mut Listener::from(listener)).map_err(io_error).and_then(|()| {
+            let handlers = daemon.get_epoll_handlers();
+            backend.register_event_fds(|queue, fd| {
+                // Numbers up to the number of queues belong to the crate, and it knows each thread's one queue as 0.
+                handlers[queue].register_listener(fd.as_raw_fd(), EventSet::IN, WORKER_EVENT)
+            })
+        });
         let link = started.and_then(|()| {
             thread::Builder::new().name("link".into()).spawn(move || {
                 let _ending = ending;
@@ -234,13 +215,7 @@ impl<D: Device> Connection<D> {
             })
         });
         match link {
-            Ok(link) => Ok(Self {
-                front,
-                link,
-                ended,
-                daemon,
-                backend,
-            }),
+            Ok(link) => Ok(Self { front, link, ended, daemon, backend }),
             Err(error) => {
                 drop(daemon);
                 sys::close_forgotten(backend.take_exit_events());
@@ -253,10 +228,7 @@ impl<D: Device> Connection<D> {
     fn close(mut self, signals: &Signals) {
         if !signals.arrived() {
             // Requests of a front end that is gone: a signal must still be able to end the process.
-            while !self
-                .backend
-                .stop(Some(std::time::Instant::now() + Duration::from_millis(500)))
-            {
+            while !self.backend.stop(Some(std::time::Instant::now() + Duration::from_millis(500))) {
                 if signals.arrived() {
                     end_late();
                     break;

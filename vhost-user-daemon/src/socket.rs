@@ -50,9 +50,9 @@ impl Socket {
 impl fmt::Display for Socket {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Listening(Listener {
-                claim: Some(claim), ..
-            }) => write!(f, "socket {}", claim.path().display()),
+            Self::Listening(Listener { claim: Some(claim), .. }) => {
+                write!(f, "socket {}", claim.path().display())
+            }
             Self::Listening(_) => f.write_str("inherited listening socket"),
             Self::Connected(_) => f.write_str("inherited connection"),
         }
@@ -89,10 +89,7 @@ impl Listener {
 /// Wraps a listener that somebody else cleans up after.
 impl From<UnixListener> for Listener {
     fn from(listener: UnixListener) -> Self {
-        Self {
-            claim: None,
-            listener,
-        }
+        Self { claim: None, listener }
     }
 }
 

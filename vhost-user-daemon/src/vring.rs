@@ -69,10 +69,7 @@ impl<'a> VringStateMutGuard<'a, SharedMemory> for Vring {
 
 impl VringT<SharedMemory> for Vring {
     fn new(mem: SharedMemory, max_queue_size: u16) -> Result<Self, QueueError> {
-        Ok(Self {
-            state: VringMutex::new(mem, max_queue_size)?,
-            extra: Arc::default(),
-        })
+        Ok(Self { state: VringMutex::new(mem, max_queue_size)?, extra: Arc::default() })
     }
 
     fn get_ref(&self) -> MutexGuard<'_, VringState<SharedMemory>> {

@@ -27,10 +27,7 @@ struct Page([u8; 4096]);
 /// Whether the page cache answers `RWF_NOWAIT` on this file; tmpfs, for one, does not.
 pub(super) fn supports_nowait(file: &File) -> bool {
     let mut byte = 0u8;
-    let buffer = iovec {
-        iov_base: (&raw mut byte).cast(),
-        iov_len: 1,
-    };
+    let buffer = iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
     // SAFETY: the buffer is the byte above.
     let result = unsafe { preadv(file, &[buffer], 0, libc::RWF_NOWAIT) };
     !matches!(result, Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP))
@@ -46,11 +43,9 @@ impl Image {
     pub(super) fn execute(&self, operation: Operation<'_>) -> io::Result<()> {
         match operation {
             Operation::Read { offset, buffers } => self.transfer(buffers, offset, Direction::Read),
-            Operation::Write {
-                offset,
-                buffers,
-                durable,
-            } => self.transfer(buffers, offset, Direction::Write { durable }),
+            Operation::Write { offset, buffers, durable } => {
+                self.transfer(buffers, offset, Direction::Write { durable })
+            }
             Operation::Flush => self.flush(),
             Operation::Discard { ranges, durable } => {
                 ranges.iter().try_for_each(|range| self.discard_range(*range))?;
@@ -71,11 +66,7 @@ impl Image {
     }
 
     fn flush(&self) -> io::Result<()> {
-        if self.read_only {
-            Ok(())
-        } else {
-            self.file.sync_data()
-        }
+        if self.read_only { Ok(()) } else { self.file.sync_data() }
     }
 
     fn flush_if(&self, durable: bool) -> io::Result<()> {
@@ -121,12 +112,9 @@ impl Image {
         unsafe {
             match direction {
                 Direction::Read => preadv(&self.file, buffers, offset, 0),
-                Direction::Write { durable } => pwritev(
-                    &self.file,
-                    buffers,
-                    offset,
-                    if durable { libc::RWF_DSYNC } else { 0 },
-                ),
+                Direction::Write { durable } => {
+                    pwritev(&self.file, buffers, offset, if durable { libc::RWF_DSYNC } else { 0 })
+                }
             }
         }
     }
@@ -139,10 +127,7 @@ impl Image {
         let mut done = 0;
         while done < total {
             let len = (total - done).min(CHUNK);
-            let piece = iovec {
-                iov_base: base.cast(),
-                iov_len: len,
-            };
+            let piece = iovec { iov_base: base.cast(), iov_len: len };
             // SAFETY: `pages` has at least `len` bytes, which are initialised, and nobody else refers to them here.
             let bytes = unsafe { std::slice::from_raw_parts_mut(base, len) };
             if let Direction::Write { .. } = direction {
@@ -231,10 +216,7 @@ pub(super) const ZERO: FallocateFlags = FallocateFlags::ZERO_RANGE.union(Falloca
 
 /// Whether the file system or device lacks the operation, rather than failed at it.
 pub(super) fn is_unsupported(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV | libc::EINVAL)
-    )
+    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV | libc::EINVAL))
 }
 
 /// The end of the file came before the end of the disk.

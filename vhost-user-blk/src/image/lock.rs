@@ -43,10 +43,7 @@ pub(super) fn lock(image: &File, read_only: bool) -> io::Result<Outcome> {
             Ok(Outcome::Busy)
         }
         Err(error)
-            if matches!(
-                error.raw_os_error(),
-                Some(libc::EINVAL | libc::ENOLCK | libc::EOPNOTSUPP)
-            ) =>
+            if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOLCK | libc::EOPNOTSUPP)) =>
         {
             Ok(Outcome::Unsupported)
         }
@@ -55,19 +52,11 @@ pub(super) fn lock(image: &File, read_only: bool) -> io::Result<Outcome> {
 }
 
 fn try_lock(image: &File, read_only: bool) -> io::Result<bool> {
-    let used: &[i64] = if read_only {
-        &[CONSISTENT_READ]
-    } else {
-        &[CONSISTENT_READ, WRITE]
-    };
+    let used: &[i64] = if read_only { &[CONSISTENT_READ] } else { &[CONSISTENT_READ, WRITE] };
     // Nobody else may change what our guest has cached.
     let denied = [WRITE, RESIZE];
     // First lock, then look: of two that start at the same moment at least one sees the other.
-    for byte in used
-        .iter()
-        .map(|n| USED + n)
-        .chain(denied.iter().map(|n| DENIED + n))
-    {
+    for byte in used.iter().map(|n| USED + n).chain(denied.iter().map(|n| DENIED + n)) {
         match lock_byte(image, byte, Lock::Shared) {
             Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
                 return Ok(false);
@@ -75,11 +64,7 @@ fn try_lock(image: &File, read_only: bool) -> io::Result<bool> {
             result => result?,
         }
     }
-    for byte in used
-        .iter()
-        .map(|n| DENIED + n)
-        .chain(denied.iter().map(|n| USED + n))
-    {
+    for byte in used.iter().map(|n| DENIED + n).chain(denied.iter().map(|n| USED + n)) {
         if byte_is_locked(image, byte)? {
             return Ok(false);
         }
@@ -96,13 +81,7 @@ mod tests {
     #[test]
     fn one_writer_or_many_readers() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let open = || {
-            OpenOptions::new()
-                .read(true)
-                .write(true)
-                .open(file.path())
-                .unwrap()
-        };
+        let open = || OpenOptions::new().read(true).write(true).open(file.path()).unwrap();
         let writer = open();
         assert_eq!(lock(&writer, false).unwrap(), Outcome::Locked);
         for read_only in [false, true] {

@@ -180,11 +180,7 @@ impl Image {
             Err(source) => return Err(ImageError::Lock { path: path(), source }),
         }
 
-        let direct = options
-            .direct
-            .then(|| direct_alignment(&file, kind))
-            .transpose()
-            .map_err(probe)?;
+        let direct = options.direct.then(|| direct_alignment(&file, kind)).transpose().map_err(probe)?;
         let (device_logical, physical_block_size) = match kind {
             Kind::File => (SECTOR as u32, file.metadata().map_err(probe)?.blksize() as u32),
             Kind::BlockDevice => (
@@ -192,10 +188,7 @@ impl Image {
                 ioctl_blkpbszget(&file).map_err(|error| probe(error.into()))?,
             ),
         };
-        let needed = direct
-            .map_or(0, |direct| direct.offset)
-            .max(device_logical)
-            .max(SECTOR as u32);
+        let needed = direct.map_or(0, |direct| direct.offset).max(device_logical).max(SECTOR as u32);
         let logical_block_size = options.logical_block_size.unwrap_or(needed);
         if direct.is_some() && logical_block_size < needed {
             return Err(ImageError::BlockSize { path: path(), needed });
@@ -204,11 +197,7 @@ impl Image {
         let bytes = file.seek(SeekFrom::End(0)).map_err(probe)?;
         let size = bytes - bytes % u64::from(logical_block_size);
         if size == 0 {
-            return Err(ImageError::TooSmall {
-                path: path(),
-                size: bytes,
-                block: logical_block_size,
-            });
+            return Err(ImageError::TooSmall { path: path(), size: bytes, block: logical_block_size });
         }
         if size < bytes {
             warn!(
@@ -225,9 +214,7 @@ impl Image {
             size,
             logical_block_size,
             // A power of two that Linux guests accept, whatever the file system recommends.
-            physical_block_size: physical_block_size
-                .clamp(logical_block_size, 1 << 16)
-                .next_power_of_two(),
+            physical_block_size: physical_block_size.clamp(logical_block_size, 1 << 16).next_power_of_two(),
             read_only: options.read_only,
             discard,
             direct,
@@ -264,10 +251,8 @@ impl Image {
 
 /// Says what the path leads to, before opening it does harm (a tape would rewind).
 fn check_kind(path: &Path) -> Result<Kind, ImageError> {
-    let metadata = std::fs::metadata(path).map_err(|source| ImageError::Open {
-        path: path.to_owned(),
-        source,
-    })?;
+    let metadata =
+        std::fs::metadata(path).map_err(|source| ImageError::Open { path: path.to_owned(), source })?;
     let file_type = metadata.file_type();
     let kind = if file_type.is_file() {
         return Ok(Kind::File);
@@ -282,10 +267,7 @@ fn check_kind(path: &Path) -> Result<Kind, ImageError> {
     } else {
         "a socket"
     };
-    Err(ImageError::Kind {
-        path: path.to_owned(),
-        kind,
-    })
+    Err(ImageError::Kind { path: path.to_owned(), kind })
 }
 
 /// What O_DIRECT asks for on this file: statx(2) says it, or else the block size of the device.
@@ -302,10 +284,7 @@ fn direct_alignment(file: &File, kind: Kind) -> io::Result<DirectAlignment> {
         // An older kernel does not tell. No file system asks for more than this.
         Kind::File => 4096,
     };
-    Ok(DirectAlignment {
-        memory: block,
-        offset: block,
-    })
+    Ok(DirectAlignment { memory: block, offset: block })
 }
 
 /// Whether ranges can be given back.
@@ -321,11 +300,7 @@ fn can_discard(file: &File, kind: Kind, size: u64) -> io::Result<bool> {
         .is_ok()),
         Kind::BlockDevice => {
             let device = file.metadata()?.rdev();
-            let base = format!(
-                "/sys/dev/block/{}:{}",
-                rustix::fs::major(device),
-                rustix::fs::minor(device)
-            );
+            let base = format!("/sys/dev/block/{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
             // A partition has its queue in the directory above.
             let limit = ["queue", "../queue"]
                 .iter()
@@ -340,12 +315,7 @@ mod tests {
     use super::*;
 
     fn options(path: &Path) -> ImageOptions {
-        ImageOptions {
-            path: path.to_owned(),
-            read_only: false,
-            direct: false,
-            logical_block_size: None,
-        }
+        ImageOptions { path: path.to_owned(), read_only: false, direct: false, logical_block_size: None }
     }
 
     fn image_of(size: u64) -> tempfile::NamedTempFile {
@@ -360,10 +330,7 @@ mod tests {
         let image = Image::open(&options(file.path())).unwrap();
         assert_eq!(image.size(), 3 * 4096 + 512);
         drop(image);
-        let blocks = ImageOptions {
-            logical_block_size: Some(4096),
-            ..options(file.path())
-        };
+        let blocks = ImageOptions { logical_block_size: Some(4096), ..options(file.path()) };
         assert_eq!(Image::open(&blocks).unwrap().size(), 3 * 4096);
     }
 
@@ -372,17 +339,12 @@ mod tests {
         let small = image_of(511);
         assert!(matches!(
             Image::open(&options(small.path())),
-            Err(ImageError::TooSmall {
-                size: 511,
-                block: 512,
-                ..
-            })
+            Err(ImageError::TooSmall { size: 511, block: 512, .. })
         ));
         let directory = tempfile::tempdir().unwrap();
-        for (path, expected) in [
-            (directory.path(), "a directory"),
-            (Path::new("/dev/null"), "a character device"),
-        ] {
+        for (path, expected) in
+            [(directory.path(), "a directory"), (Path::new("/dev/null"), "a character device")]
+        {
             assert!(
                 matches!(Image::open(&options(path)), Err(ImageError::Kind { kind, .. }) if kind == expected)
             );
@@ -397,9 +359,6 @@ mod tests {
     fn a_second_writer_is_kept_away() {
         let file = image_of(4096);
         let _first = Image::open(&options(file.path())).unwrap();
-        assert!(matches!(
-            Image::open(&options(file.path())),
-            Err(ImageError::Locked { .. })
-        ));
+        assert!(matches!(Image::open(&options(file.path())), Err(ImageError::Locked { .. })));
     }
 }

@@ -85,16 +85,10 @@ mod tests {
 
     #[test]
     fn the_rest_starts_in_the_middle_of_a_buffer() {
-        let buffers = [(0x1000, 3), (0x2000, 5)].map(|(base, iov_len)| iovec {
-            iov_base: base as *mut libc::c_void,
-            iov_len,
-        });
-        let rest = |done| {
-            rest(&buffers, done)
-                .iter()
-                .map(|b| (b.iov_base as usize, b.iov_len))
-                .collect::<Vec<_>>()
-        };
+        let buffers = [(0x1000, 3), (0x2000, 5)]
+            .map(|(base, iov_len)| iovec { iov_base: base as *mut libc::c_void, iov_len });
+        let rest =
+            |done| rest(&buffers, done).iter().map(|b| (b.iov_base as usize, b.iov_len)).collect::<Vec<_>>();
         assert_eq!(rest(0), [(0x1000, 3), (0x2000, 5)]);
         assert_eq!(rest(2), [(0x1002, 1), (0x2000, 5)]);
         assert_eq!(rest(3), [(0x2000, 5)]);

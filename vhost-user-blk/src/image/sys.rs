@@ -18,13 +18,7 @@ use libc::{c_int, iovec};
 pub(super) unsafe fn preadv(file: &File, buffers: &[iovec], offset: u64, flags: c_int) -> io::Result<usize> {
     // SAFETY: as promised by the caller.
     let result = unsafe {
-        libc::preadv2(
-            file.as_raw_fd(),
-            buffers.as_ptr(),
-            buffers.len() as c_int,
-            offset as i64,
-            flags,
-        )
+        libc::preadv2(file.as_raw_fd(), buffers.as_ptr(), buffers.len() as c_int, offset as i64, flags)
     };
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
@@ -38,13 +32,7 @@ pub(super) unsafe fn preadv(file: &File, buffers: &[iovec], offset: u64, flags: 
 pub(super) unsafe fn pwritev(file: &File, buffers: &[iovec], offset: u64, flags: c_int) -> io::Result<usize> {
     // SAFETY: as promised by the caller.
     let result = unsafe {
-        libc::pwritev2(
-            file.as_raw_fd(),
-            buffers.as_ptr(),
-            buffers.len() as c_int,
-            offset as i64,
-            flags,
-        )
+        libc::pwritev2(file.as_raw_fd(), buffers.as_ptr(), buffers.len() as c_int, offset as i64, flags)
     };
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
@@ -113,14 +101,7 @@ pub(super) fn lock_byte(file: &File, byte: i64, lock: Lock) -> io::Result<()> {
         Lock::Release => libc::F_UNLCK,
     };
     // SAFETY: F_OFD_SETLK reads the structure.
-    if unsafe {
-        libc::fcntl(
-            file.as_raw_fd(),
-            libc::F_OFD_SETLK,
-            &raw const *&flock(kind, byte),
-        )
-    } == -1
-    {
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const *&flock(kind, byte)) } == -1 {
         return Err(io::Error::last_os_error());
     }
     Ok(())
@@ -166,14 +147,9 @@ mod tests {
     #[test]
     fn pieces_cover_exactly_what_is_asked_for() {
         let base = 0x1000 as *mut libc::c_void;
-        let buffers = [3, 0, 5, 2].map(|len| iovec {
-            iov_base: base,
-            iov_len: len,
-        });
+        let buffers = [3, 0, 5, 2].map(|len| iovec { iov_base: base, iov_len: len });
         let lens = |skip, len| {
-            pieces(&buffers, skip, len)
-                .map(|(ptr, len)| (ptr as usize - 0x1000, len))
-                .collect::<Vec<_>>()
+            pieces(&buffers, skip, len).map(|(ptr, len)| (ptr as usize - 0x1000, len)).collect::<Vec<_>>()
         };
         assert_eq!(lens(0, 10), [(0, 3), (0, 5), (0, 2)]);
         assert_eq!(lens(2, 3), [(2, 1), (0, 2)]);

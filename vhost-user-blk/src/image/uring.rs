@@ -58,10 +58,7 @@ impl Tag {
     }
 
     fn decode(value: u64) -> Self {
-        Self {
-            slot: (value >> 32) as u32,
-            range: value as u32,
-        }
+        Self { slot: (value >> 32) as u32, range: value as u32 }
     }
 }
 
@@ -89,15 +86,8 @@ impl<J: Job> Uring<J> {
             let tag = Tag { slot, range };
             self.push(&entry(operation, range as usize).user_data(tag.encode()));
         }
-        self.slots[slot as usize] = Some(Slot {
-            job,
-            pending,
-            done: 0,
-            rest: Vec::new(),
-            error: None,
-            retries: 0,
-            flushing: false,
-        });
+        self.slots[slot as usize] =
+            Some(Slot { job, pending, done: 0, rest: Vec::new(), error: None, retries: 0, flushing: false });
     }
 
     fn push(&mut self, entry: &Entry) {
@@ -133,9 +123,7 @@ impl<J: Job> Uring<J> {
     /// Moves the jobs that are done to `done`; continues those that are not.
     pub fn reap(&mut self, image: &Image, done: &mut Vec<(J, io::Result<()>)>) {
         let mut again = Vec::new();
-        let Self {
-            ring, slots, free, ..
-        } = self;
+        let Self { ring, slots, free, .. } = self;
         for completion in ring.completion() {
             let tag = Tag::decode(completion.user_data());
             let Some(slot) = &mut slots[tag.slot as usize] else {
@@ -169,14 +157,9 @@ impl<J: Job> Uring<J> {
 
     /// Waits until there is something to reap, or until `timeout`.
     pub fn wait(&mut self, timeout: Duration) {
-        let timeout = Timespec::new()
-            .sec(timeout.as_secs())
-            .nsec(timeout.subsec_nanos());
+        let timeout = Timespec::new().sec(timeout.as_secs()).nsec(timeout.subsec_nanos());
         // Returns early for a signal, and with an error at the time-out. The caller looks for itself.
-        let _ = self
-            .ring
-            .submitter()
-            .submit_with_args(1, &SubmitArgs::new().timespec(&timeout));
+        let _ = self.ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&timeout));
     }
 
     /// Readable while there is something to reap.
@@ -283,11 +266,7 @@ impl<J: Job> Slot<J> {
 fn entry(operation: Operation<'_>, range: usize) -> Entry {
     match operation {
         Operation::Read { offset, buffers } => read_entry(buffers, offset),
-        Operation::Write {
-            offset,
-            buffers,
-            durable,
-        } => write_entry(buffers, offset, durable),
+        Operation::Write { offset, buffers, durable } => write_entry(buffers, offset, durable),
         Operation::Flush => flush_entry(),
         Operation::Discard { ranges, .. } => allocate_entry(ranges[range], PUNCH.bits()),
         Operation::WriteZeroes { ranges, .. } => {
@@ -300,12 +279,8 @@ fn entry(operation: Operation<'_>, range: usize) -> Entry {
 fn read_entry(buffers: &[iovec], offset: u64) -> Entry {
     match buffers {
         // Saves the kernel the import of an iovec.
-        [one] => opcode::Read::new(IMAGE, one.iov_base.cast(), one.iov_len as u32)
-            .offset(offset)
-            .build(),
-        several => opcode::Readv::new(IMAGE, several.as_ptr(), several.len() as u32)
-            .offset(offset)
-            .build(),
+        [one] => opcode::Read::new(IMAGE, one.iov_base.cast(), one.iov_len as u32).offset(offset).build(),
+        several => opcode::Readv::new(IMAGE, several.as_ptr(), several.len() as u32).offset(offset).build(),
     }
 }
 
@@ -328,8 +303,5 @@ fn flush_entry() -> Entry {
 }
 
 fn allocate_entry(range: Range, mode: u32) -> Entry {
-    opcode::Fallocate::new(IMAGE, range.len)
-        .offset(range.offset)
-        .mode(mode as i32)
-        .build()
+    opcode::Fallocate::new(IMAGE, range.len).offset(range.offset).mode(mode as i32).build()
 }

@@ -58,13 +58,7 @@ pub struct CommonArgs {
     /// Write the log, which goes to stderr, as lines of text or as JSON objects
     ///
     /// A JSON object has the members ts, level, target and message, and takes one line.
-    #[arg(
-        long,
-        value_name = "FORMAT",
-        value_enum,
-        default_value_t,
-        help_heading = "Logging"
-    )]
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t, help_heading = "Logging")]
     pub log_format: Format,
 }
 
@@ -77,10 +71,7 @@ impl CommonArgs {
 
 /// The values of `--log-level`, from the least to the most talkative.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-#[expect(
-    missing_docs,
-    reason = "each is the level of the same name of the `log` crate"
-)]
+#[expect(missing_docs, reason = "each is the level of the same name of the `log` crate")]
 pub enum LogLevel {
     Off,
     Error,

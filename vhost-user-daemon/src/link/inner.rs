@@ -42,12 +42,7 @@ fn attempt() -> io::Result<(UnixListener, UnixStream)> {
 }
 
 fn unix_socket() -> io::Result<OwnedFd> {
-    Ok(socket_with(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC,
-        None,
-    )?)
+    Ok(socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?)
 }
 
 #[cfg(test)]

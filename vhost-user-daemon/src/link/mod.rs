@@ -113,17 +113,11 @@ struct Refusal {
 
 impl Refusal {
     fn new(reason: impl Into<String>) -> Self {
-        Self {
-            reason: reason.into(),
-            fatal: false,
-        }
+        Self { reason: reason.into(), fatal: false }
     }
 
     fn fatal(reason: impl Into<String>) -> Self {
-        Self {
-            reason: reason.into(),
-            fatal: true,
-        }
+        Self { reason: reason.into(), fatal: true }
     }
 }
 
@@ -183,21 +177,14 @@ impl<D: Device> Link<D> {
         let inner: u64 = self.ask_inner(&Message::new(request::GET_PROTOCOL_FEATURES, []))?;
         let inner = ProtocolFeatures::from_bits_truncate(inner);
         self.protocol_features = inner | OWN_PROTOCOL_FEATURES;
-        self.relay(Message::new(
-            request::SET_PROTOCOL_FEATURES,
-            inner.bits().as_bytes(),
-        ))
-        .map_err(|refusal| io::Error::other(refusal.reason))
+        self.relay(Message::new(request::SET_PROTOCOL_FEATURES, inner.bits().as_bytes()))
+            .map_err(|refusal| io::Error::other(refusal.reason))
     }
 
     fn serve(&mut self) -> io::Result<()> {
         while let Some(message) = Message::receive(&self.front)? {
             let (request, need_reply) = (message.request, message.need_reply);
-            debug!(
-                "Message {request} of {} bytes, {} files",
-                message.body.len(),
-                message.fds.len()
-            );
+            debug!("Message {request} of {} bytes, {} files", message.body.len(), message.fds.len());
             let has_reply = matches!(
                 request,
                 request::GET_FEATURES
@@ -248,9 +235,7 @@ impl<D: Device> Link<D> {
             request::SET_PROTOCOL_FEATURES => {
                 let acked = body::<u64>(&message)?;
                 if acked & !self.protocol_features.bits() != 0 {
-                    return Err(Refusal::new(format!(
-                        "Protocol features {acked:#x} were not all offered"
-                    )));
+                    return Err(Refusal::new(format!("Protocol features {acked:#x} were not all offered")));
                 }
                 self.acked_protocol_features = ProtocolFeatures::from_bits_truncate(acked);
                 Ok(Answer::Done)
@@ -281,10 +266,7 @@ impl<D: Device> Link<D> {
                 let value = body::<u64>(&message)?;
                 self.check_queue(value as u8 as u32)?;
                 if (value & NO_FD == 0) != (message.fds.len() == 1) {
-                    return Err(Refusal::new(format!(
-                        "Ring message with {} files",
-                        message.fds.len()
-                    )));
+                    return Err(Refusal::new(format!("Ring message with {} files", message.fds.len())));
                 }
                 self.relay(message).map(|()| Answer::Done)
             }
@@ -297,9 +279,7 @@ impl<D: Device> Link<D> {
             request::SET_MEM_TABLE | request::ADD_MEM_REG | request::REM_MEM_REG | request::RESET_DEVICE => {
                 self.relay(message).map(|()| Answer::Done)
             }
-            _ => Err(Refusal::new(
-                "It is not known, or belongs to a feature that is not offered",
-            )),
+            _ => Err(Refusal::new("It is not known, or belongs to a feature that is not offered")),
         }
     }
 
@@ -307,10 +287,7 @@ impl<D: Device> Link<D> {
         let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         let acked = body::<u64>(message)?;
         if acked & !self.features != 0 {
-            return Err(Refusal::new(format!(
-                "Features {:#x} were not offered",
-                acked & !self.features
-            )));
+            return Err(Refusal::new(format!("Features {:#x} were not offered", acked & !self.features)));
         }
         // Gap of vhost: SET_VRING_ENABLE is refused when this bit is not acknowledged. The link keeps the bit set, and
         // enables the rings itself, as the text demands for a front end without it. (User Mode Linux sets the features
@@ -320,13 +297,11 @@ impl<D: Device> Link<D> {
             info!("The driver took features {acked:#x} of {:#x}", self.features);
         }
         self.features_set = true;
-        self.log
-            .set_enabled(acked & VhostUserVirtioFeatures::LOG_ALL.bits() != 0);
+        self.log.set_enabled(acked & VhostUserVirtioFeatures::LOG_ALL.bits() != 0);
         let mut enables = std::mem::take(&mut self.early_enables);
         if acked & protocol == 0 {
-            enables = (0..self.device.num_queues() as u32)
-                .map(|index| VringState { index, num: 1 })
-                .collect();
+            enables =
+                (0..self.device.num_queues() as u32).map(|index| VringState { index, num: 1 }).collect();
         }
         for state in enables {
             self.relay(Message::new(request::SET_VRING_ENABLE, state.as_bytes()))?;
@@ -353,8 +328,7 @@ impl<D: Device> Link<D> {
         let mut reply = header.as_bytes().to_vec();
         let start = reply.len();
         reply.resize(start + payload.len(), 0);
-        self.device
-            .read_config(header.offset as usize, &mut reply[start..]);
+        self.device.read_config(header.offset as usize, &mut reply[start..]);
         Ok(Answer::Reply(reply))
     }
 
@@ -390,9 +364,7 @@ impl<D: Device> Link<D> {
         if (index as usize) < count {
             return Ok(());
         }
-        Err(Refusal::new(format!(
-            "Queue {index} does not exist: the device has {count}"
-        )))
+        Err(Refusal::new(format!("Queue {index} does not exist: the device has {count}")))
     }
 
     /// Hands `message` to the stock daemon and waits until it is done.
@@ -401,23 +373,17 @@ impl<D: Device> Link<D> {
         match self.ask_inner::<u64>(&message) {
             Ok(0) => Ok(()),
             Ok(_) => Err(Refusal::fatal("It is invalid in this place")),
-            Err(error) => Err(Refusal::fatal(format!(
-                "The daemon has closed the connection: {error}"
-            ))),
+            Err(error) => Err(Refusal::fatal(format!("The daemon has closed the connection: {error}"))),
         }
     }
 
     /// Hands over a `message` that has a reply of its own.
     fn relay_for_reply(&self, message: &Message) -> Result<Vec<u8>, Refusal> {
-        let reply = message
-            .send(&self.inner)
-            .and_then(|()| Message::receive(&self.inner));
+        let reply = message.send(&self.inner).and_then(|()| Message::receive(&self.inner));
         match reply {
             Ok(Some(reply)) => Ok(reply.body),
             Ok(None) => Err(Refusal::fatal("It is invalid in this place")),
-            Err(error) => Err(Refusal::fatal(format!(
-                "The daemon has closed the connection: {error}"
-            ))),
+            Err(error) => Err(Refusal::fatal(format!("The daemon has closed the connection: {error}"))),
         }
     }
 
@@ -445,9 +411,7 @@ fn takes_files(request: u32) -> bool {
 
 /// The body of `message`, which has to have exactly the size of `T`.
 fn body<T: FromBytes>(message: &Message) -> Result<T, Refusal> {
-    message
-        .body_as()
-        .ok_or_else(|| Refusal::new(format!("Body of {} bytes", message.body.len())))
+    message.body_as().ok_or_else(|| Refusal::new(format!("Body of {} bytes", message.body.len())))
 }
 
 /// The start of the body of `message`.
@@ -470,11 +434,7 @@ fn config_message(message: &Message) -> Result<(ConfigHeader, &[u8]), Refusal> {
     let (header, payload) = ConfigHeader::ref_from_prefix(&message.body)
         .map_err(|_| Refusal::new(format!("Body of {} bytes", message.body.len())))?;
     if header.size as usize != payload.len() || payload.len() > MAX_CONFIG {
-        return Err(Refusal::new(format!(
-            "{} bytes of configuration in {}",
-            header.size,
-            payload.len()
-        )));
+        return Err(Refusal::new(format!("{} bytes of configuration in {}", header.size, payload.len())));
     }
     Ok((*header, payload))
 }

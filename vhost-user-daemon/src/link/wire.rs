@@ -48,12 +48,7 @@ pub(crate) struct Message {
 impl Message {
     /// A request without file descriptors.
     pub fn new(request: u32, body: impl Into<Vec<u8>>) -> Self {
-        Self {
-            request,
-            need_reply: false,
-            body: body.into(),
-            fds: Vec::new(),
-        }
+        Self { request, need_reply: false, body: body.into(), fds: Vec::new() }
     }
 
     /// The body as a structure, if it has exactly that size.
@@ -82,12 +77,7 @@ impl Message {
         }
         let mut body = vec![0; header.size as usize];
         receive_rest(stream, &mut body, &mut fds)?;
-        Ok(Some(Self {
-            request: header.request,
-            need_reply: header.flags & FLAG_NEED_REPLY != 0,
-            body,
-            fds,
-        }))
+        Ok(Some(Self { request: header.request, need_reply: header.flags & FLAG_NEED_REPLY != 0, body, fds }))
     }
 
     /// Sends the message as a request.
@@ -117,12 +107,7 @@ fn receive_with_fds(stream: &UnixStream, buf: &mut [u8], fds: &mut Vec<OwnedFd>)
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let received = loop {
-        match recvmsg(
-            stream,
-            &mut [IoSliceMut::new(buf)],
-            &mut ancillary,
-            RecvFlags::CMSG_CLOEXEC,
-        ) {
+        match recvmsg(stream, &mut [IoSliceMut::new(buf)], &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
             Err(rustix::io::Errno::INTR) => {}
             result => break result?,
         }
@@ -142,11 +127,7 @@ fn receive_with_fds(stream: &UnixStream, buf: &mut [u8], fds: &mut Vec<OwnedFd>)
 }
 
 fn send(stream: &UnixStream, request: u32, flags: u32, body: &[u8], fds: &[OwnedFd]) -> io::Result<()> {
-    let header = Header {
-        request,
-        flags,
-        size: body.len() as u32,
-    };
+    let header = Header { request, flags, size: body.len() as u32 };
     let bytes = [header.as_bytes(), body].concat();
     let borrowed: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
     let mut sent = 0;
@@ -156,12 +137,7 @@ fn send(stream: &UnixStream, request: u32, flags: u32, body: &[u8], fds: &[Owned
         if sent == 0 && !borrowed.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&borrowed)) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        match sendmsg(
-            stream,
-            &[IoSlice::new(&bytes[sent..])],
-            &mut ancillary,
-            SendFlags::NOSIGNAL,
-        ) {
+        match sendmsg(stream, &[IoSlice::new(&bytes[sent..])], &mut ancillary, SendFlags::NOSIGNAL) {
             Err(rustix::io::Errno::INTR) => {}
             result => sent += result?,
         }
@@ -181,9 +157,7 @@ mod tests {
         let (left, right) = UnixStream::pair().unwrap();
         let mut sent = Message::new(12, vec![7; 4096]);
         sent.need_reply = true;
-        sent.fds = (0..3)
-            .map(|_| OwnedFd::from(File::open("/dev/null").unwrap()))
-            .collect();
+        sent.fds = (0..3).map(|_| OwnedFd::from(File::open("/dev/null").unwrap())).collect();
         sent.send(&left).unwrap();
         let received = Message::receive(&right).unwrap().unwrap();
         assert_eq!((received.request, received.need_reply), (12, true));
@@ -210,17 +184,11 @@ mod tests {
         for header in [[1, 0x2, 0], [1, VERSION, MAX_BODY + 1]] {
             let (mut left, right) = UnixStream::pair().unwrap();
             left.write_all(header.as_bytes()).unwrap();
-            assert_eq!(
-                Message::receive(&right).unwrap_err().kind(),
-                io::ErrorKind::InvalidData
-            );
+            assert_eq!(Message::receive(&right).unwrap_err().kind(), io::ErrorKind::InvalidData);
         }
         let (mut left, right) = UnixStream::pair().unwrap();
         left.write_all(&[1, 0, 0]).unwrap();
         drop(left);
-        assert_eq!(
-            Message::receive(&right).unwrap_err().kind(),
-            io::ErrorKind::UnexpectedEof
-        );
+        assert_eq!(Message::receive(&right).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
     }
 }

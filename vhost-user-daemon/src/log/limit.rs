@@ -176,10 +176,7 @@ mod tests {
             assert_eq!(site.permit_at(START), Some(Suppressed(0)));
         }
         assert_eq!(site.permit_at(START), None);
-        assert_eq!(
-            site.permit_at(START + Duration::from_nanos(INTERVAL_NS - 1)),
-            None
-        );
+        assert_eq!(site.permit_at(START + Duration::from_nanos(INTERVAL_NS - 1)), None);
         assert_eq!(site.permit_at(START + INTERVAL), Some(Suppressed(2)));
         assert_eq!(site.permit_at(START + INTERVAL), None);
         assert_eq!(site.permit_at(START + 2 * INTERVAL), Some(Suppressed(1)));
@@ -188,9 +185,7 @@ mod tests {
     #[test]
     fn the_first_lines_of_a_process_pass() {
         let site = Site::new("f.rs", 1);
-        let passed = (0..2 * BURST)
-            .filter(|_| site.permit_at(Duration::ZERO).is_some())
-            .count();
+        let passed = (0..2 * BURST).filter(|_| site.permit_at(Duration::ZERO).is_some()).count();
         assert_eq!(passed as u64, BURST);
     }
 
@@ -199,9 +194,7 @@ mod tests {
         let site = Site::new("f.rs", 1);
         while site.permit_at(START).is_some() {}
         let later = START + 1000 * INTERVAL;
-        let passed = (0..10 * BURST)
-            .filter(|_| site.permit_at(later).is_some())
-            .count();
+        let passed = (0..10 * BURST).filter(|_| site.permit_at(later).is_some()).count();
         assert_eq!(passed as u64, BURST);
     }
 
@@ -242,10 +235,7 @@ mod tests {
         });
         assert_eq!(u64::from(passed.load(Relaxed)), BURST);
         assert_eq!(site.suppressed(), THREADS * LINES - BURST);
-        assert_eq!(
-            announced.load(Relaxed) + site.pending.load(Relaxed),
-            site.suppressed()
-        );
+        assert_eq!(announced.load(Relaxed) + site.pending.load(Relaxed), site.suppressed());
     }
 
     proptest! {
@@ -282,10 +272,7 @@ mod tests {
         for _ in 0..3 {
             SITE.permit();
         }
-        let listed: Vec<_> = sites()
-            .into_iter()
-            .filter(|site| site.file() == "listed.rs")
-            .collect();
+        let listed: Vec<_> = sites().into_iter().filter(|site| site.file() == "listed.rs").collect();
         assert_eq!(listed.len(), 1);
         assert_eq!(listed[0].line(), 7);
     }

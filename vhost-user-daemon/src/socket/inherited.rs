@@ -21,10 +21,7 @@ fn classify(socket: OwnedFd, fd: RawFd) -> Result<Socket, SocketError> {
     let failed = |error: Errno| match error {
         Errno::NOTSOCK => SocketError::NotSocket { fd },
         Errno::NOTCONN => SocketError::Idle { fd },
-        error => SocketError::Descriptor {
-            fd,
-            source: error.into(),
-        },
+        error => SocketError::Descriptor { fd, source: error.into() },
     };
     let family = sockopt::socket_domain(&socket).map_err(failed)?;
     let kind = sockopt::socket_type(&socket).map_err(failed)?;
@@ -96,10 +93,7 @@ mod tests {
     }
 
     fn open_fd(fd: RawFd) -> Result<Socket, SocketError> {
-        Socket::open(&CommonArgs {
-            fd: Some(fd),
-            ..CommonArgs::default()
-        })
+        Socket::open(&CommonArgs { fd: Some(fd), ..CommonArgs::default() })
     }
 
     #[test]
@@ -108,14 +102,8 @@ mod tests {
         listener.set_nonblocking(true).unwrap();
         let socket = open_fd(pass(listener)).unwrap();
         assert_eq!(socket.to_string(), "inherited listening socket");
-        let Socket::Listening(listener) = socket else {
-            panic!("{socket:?}")
-        };
-        assert!(
-            !rustix::fs::fcntl_getfl(&listener)
-                .unwrap()
-                .contains(rustix::fs::OFlags::NONBLOCK)
-        );
+        let Socket::Listening(listener) = socket else { panic!("{socket:?}") };
+        assert!(!rustix::fs::fcntl_getfl(&listener).unwrap().contains(rustix::fs::OFlags::NONBLOCK));
         assert_eq!(rustix::io::fcntl_getfd(&listener).unwrap(), FdFlags::CLOEXEC);
         assert!(listener.path().is_none() && listener.directory().is_none());
     }
@@ -152,30 +140,17 @@ mod tests {
         assert!(matches!(open_fd(pass(idle)), Err(SocketError::Idle { .. })));
 
         let error = open_fd(RawFd::MAX).unwrap_err();
-        assert!(
-            error
-                .to_string()
-                .starts_with("File descriptor 2147483647 is not open: "),
-            "{error}"
-        );
+        assert!(error.to_string().starts_with("File descriptor 2147483647 is not open: "), "{error}");
     }
 
     fn listen_fd_of(variables: &[(&str, &str)]) -> Result<Option<RawFd>, SocketError> {
-        let find = |name: &str| {
-            variables
-                .iter()
-                .find(|(n, _)| *n == name)
-                .map(|(_, value)| value.into())
-        };
+        let find = |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| value.into());
         listen_fd(find, 42)
     }
 
     #[test]
     fn systemd_passes_exactly_one_socket() {
-        assert_eq!(
-            listen_fd_of(&[("LISTEN_PID", "42"), ("LISTEN_FDS", "1")]).unwrap(),
-            Some(3)
-        );
+        assert_eq!(listen_fd_of(&[("LISTEN_PID", "42"), ("LISTEN_FDS", "1")]).unwrap(), Some(3));
         for count in ["2", "4294967295"] {
             let error = listen_fd_of(&[("LISTEN_PID", "42"), ("LISTEN_FDS", count)]).unwrap_err();
             assert!(matches!(error, SocketError::ListenCount { .. }), "{error}");
@@ -213,10 +188,7 @@ mod tests {
     #[ignore = "child of other tests"]
     fn child() {
         let fd = env::var("TEST_FD").ok().map(|fd| fd.parse().unwrap());
-        match Socket::open(&CommonArgs {
-            fd,
-            ..CommonArgs::default()
-        }) {
+        match Socket::open(&CommonArgs { fd, ..CommonArgs::default() }) {
             Ok(socket) => eprintln!("opened: {socket}"),
             Err(error) => eprintln!("failed: {error}"),
         }
@@ -224,12 +196,7 @@ mod tests {
 
     /// Runs [`child`] with `socket` on its stdin, after the shell commands `setup`.
     fn run_child(socket: impl Into<Stdio>, setup: &str) -> String {
-        let arguments = [
-            "--exact",
-            "socket::inherited::tests::child",
-            "--ignored",
-            "--nocapture",
-        ];
+        let arguments = ["--exact", "socket::inherited::tests::child", "--ignored", "--nocapture"];
         let Output { status, stderr, .. } = Command::new("sh")
             .args(["-c", &format!(r#"{setup}; exec "$0" "$@""#)])
             .arg(env::current_exe().unwrap())
@@ -254,10 +221,7 @@ mod tests {
 
         for setup in ["unset LISTEN_PID", "export LISTEN_PID=1 LISTEN_FDS=1"] {
             let output = run_child(File::open("/dev/null").unwrap(), setup);
-            assert!(
-                output.contains("failed: No socket is given: use --socket-path or --fd"),
-                "{output}"
-            );
+            assert!(output.contains("failed: No socket is given: use --socket-path or --fd"), "{output}");
         }
     }
 

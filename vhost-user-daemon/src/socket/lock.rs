@@ -28,10 +28,7 @@ pub(super) struct FileId {
 
 impl From<Stat> for FileId {
     fn from(stat: Stat) -> Self {
-        Self {
-            device: stat.st_dev,
-            inode: stat.st_ino,
-        }
+        Self { device: stat.st_dev, inode: stat.st_ino }
     }
 }
 
@@ -50,10 +47,8 @@ impl Lock {
     pub(super) fn acquire(directory: &OwnedFd, path: &Path, name: &OsStr) -> Result<Self, SocketError> {
         let mut lock_name = name.to_owned();
         lock_name.push(SUFFIX);
-        let failed = |error: io::Error| SocketError::Lock {
-            lock: path.with_file_name(&lock_name),
-            source: error,
-        };
+        let failed =
+            |error: io::Error| SocketError::Lock { lock: path.with_file_name(&lock_name), source: error };
         loop {
             // Not blocking, in case that somebody put a FIFO there.
             let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
@@ -63,10 +58,7 @@ impl Lock {
             match fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => (),
                 Err(Errno::WOULDBLOCK) => {
-                    return Err(SocketError::InUse {
-                        path: path.into(),
-                        user: holder(&mut file),
-                    });
+                    return Err(SocketError::InUse { path: path.into(), user: holder(&mut file) });
                 }
                 Err(error) => return Err(failed(error.into())),
             }
@@ -75,11 +67,7 @@ impl Lock {
                 Ok(stat) if id == stat.into() => {
                     // Only for the message that another daemon may have to print.
                     let _ = file.set_len(0).and_then(|()| writeln!(file, "{}", process::id()));
-                    return Ok(Self {
-                        _file: file,
-                        name: lock_name,
-                        id,
-                    });
+                    return Ok(Self { _file: file, name: lock_name, id });
                 }
                 // The daemon that had the lock ended and removed the file in between. Each turn of the loop means
                 // that one has ended, so there is an end to it.
@@ -102,15 +90,8 @@ impl Lock {
 /// Who holds a lock, as far as its file tells.
 fn holder(lock: &mut File) -> String {
     let mut text = String::new();
-    let pid = lock
-        .take(16)
-        .read_to_string(&mut text)
-        .ok()
-        .and_then(|_| text.trim().parse::<u32>().ok());
-    pid.map_or_else(
-        || "another daemon".into(),
-        |pid| format!("another daemon (process {pid})"),
-    )
+    let pid = lock.take(16).read_to_string(&mut text).ok().and_then(|_| text.trim().parse::<u32>().ok());
+    pid.map_or_else(|| "another daemon".into(), |pid| format!("another daemon (process {pid})"))
 }
 
 #[cfg(test)]
@@ -122,11 +103,7 @@ mod tests {
 
     fn acquire(directory: &TempDir) -> Result<Lock, SocketError> {
         let path = directory.path().join("a.sock");
-        Lock::acquire(
-            &File::open(directory.path()).unwrap().into(),
-            &path,
-            path.file_name().unwrap(),
-        )
+        Lock::acquire(&File::open(directory.path()).unwrap().into(), &path, path.file_name().unwrap())
     }
 
     #[test]
@@ -136,9 +113,7 @@ mod tests {
         assert_eq!(lock.name(), "a.sock.lock");
         let error = acquire(&directory).unwrap_err();
         assert!(
-            error
-                .to_string()
-                .contains(&format!("another daemon (process {})", process::id())),
+            error.to_string().contains(&format!("another daemon (process {})", process::id())),
             "{error}"
         );
     }
@@ -150,10 +125,7 @@ mod tests {
         for content in [&b""[..], b"x", b"\xff\xfe", &[b'1'; 1000]] {
             fs::write(directory.path().join("a.sock.lock"), content).unwrap();
             let error = acquire(&directory).unwrap_err();
-            assert!(
-                error.to_string().contains("in use by another daemon: stop"),
-                "{error}"
-            );
+            assert!(error.to_string().contains("in use by another daemon: stop"), "{error}");
         }
     }
 

@@ -39,16 +39,11 @@ const BACKLOG: i32 = 128;
 
 /// Creates a socket at `path` and listens on it. Its mode is 0700, or 0770 with `group` (a name or a number).
 pub(super) fn listen(path: &Path, group: Option<&str>) -> Result<Listener, SocketError> {
-    let group = group
-        .map(|name| find_group(name).map(|gid| (name, gid)))
-        .transpose()?;
+    let group = group.map(|name| find_group(name).map(|gid| (name, gid))).transpose()?;
     let mut claim = Claim::new(path)?;
     claim.remove_stale()?;
     let listener = claim.bind(group)?;
-    Ok(Listener {
-        claim: Some(claim),
-        listener,
-    })
+    Ok(Listener { claim: Some(claim), listener })
 }
 
 fn find_group(group: &str) -> Result<Gid, SocketError> {
@@ -61,10 +56,7 @@ fn find_group(group: &str) -> Result<Gid, SocketError> {
     match Group::from_name(group) {
         Ok(Some(found)) => Ok(Gid::from_raw(found.gid.as_raw())),
         Ok(None) => Err(SocketError::NoGroup { group: group.into() }),
-        Err(error) => Err(SocketError::GroupLookup {
-            group: group.into(),
-            source: error.into(),
-        }),
+        Err(error) => Err(SocketError::GroupLookup { group: group.into(), source: error.into() }),
     }
 }
 
@@ -89,29 +81,14 @@ impl Claim {
         if path.as_os_str().len() > MAX_PATH {
             return Err(SocketError::PathTooLong { path: path.into() });
         }
-        let parent = if parent.as_os_str().is_empty() {
-            Path::new(".")
-        } else {
-            parent
-        };
+        let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = fs::open(parent, flags, Mode::empty()).map_err(|error| match error {
-            Errno::NOENT => SocketError::NoDirectory {
-                directory: parent.into(),
-            },
-            error => SocketError::Directory {
-                directory: parent.into(),
-                source: error.into(),
-            },
+            Errno::NOENT => SocketError::NoDirectory { directory: parent.into() },
+            error => SocketError::Directory { directory: parent.into(), source: error.into() },
         })?;
         let lock = Lock::acquire(&directory, path, name)?;
-        Ok(Self {
-            directory,
-            path: path.into(),
-            name: name.into(),
-            lock,
-            socket: None,
-        })
+        Ok(Self { directory, path: path.into(), name: name.into(), lock, socket: None })
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -129,46 +106,28 @@ impl Claim {
             Ok(stat) => stat,
             Err(Errno::NOENT) => return Ok(()),
             Err(error) => {
-                return Err(SocketError::Probe {
-                    path: path(),
-                    source: error.into(),
-                });
+                return Err(SocketError::Probe { path: path(), source: error.into() });
             }
         };
         let file_type = FileType::from_raw_mode(stat.st_mode);
         if file_type != FileType::Socket {
-            return Err(SocketError::Occupied {
-                path: path(),
-                kind: describe(file_type),
-            });
+            return Err(SocketError::Occupied { path: path(), kind: describe(file_type) });
         }
         match self.probe() {
             Err(Errno::CONNREFUSED) => (),
             Err(Errno::NOENT) => return Ok(()),
             // EAGAIN: its backlog is full. EPROTOTYPE: it is alive, but not a stream socket.
             Ok(()) | Err(Errno::AGAIN | Errno::PROTOTYPE) => {
-                return Err(SocketError::InUse {
-                    path: path(),
-                    user: "another program".into(),
-                });
+                return Err(SocketError::InUse { path: path(), user: "another program".into() });
             }
             Err(error) => {
-                return Err(SocketError::Probe {
-                    path: path(),
-                    source: error.into(),
-                });
+                return Err(SocketError::Probe { path: path(), source: error.into() });
             }
         }
-        log::info!(
-            "Removing socket {}, which a daemon that was killed left behind",
-            self.path.display()
-        );
+        log::info!("Removing socket {}, which a daemon that was killed left behind", self.path.display());
         match fs::unlinkat(&self.directory, &self.name, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
-            Err(error) => Err(SocketError::RemoveStale {
-                path: path(),
-                source: error.into(),
-            }),
+            Err(error) => Err(SocketError::RemoveStale { path: path(), source: error.into() }),
         }
     }
 
@@ -193,10 +152,7 @@ impl Claim {
     }
 
     fn cannot_listen(&self, error: Errno) -> SocketError {
-        SocketError::Listen {
-            path: self.path.clone(),
-            source: error.into(),
-        }
+        SocketError::Listen { path: self.path.clone(), source: error.into() }
     }
 
     fn create(&mut self) -> Result<OwnedFd, Errno> {
@@ -227,21 +183,14 @@ impl Claim {
     /// Removes a file from the directory if it still is the one that is meant.
     fn remove(&self, name: &OsStr, id: FileId) {
         let removed = fs::statat(&self.directory, name, AtFlags::SYMLINK_NOFOLLOW).and_then(|stat| {
-            if id == stat.into() {
-                fs::unlinkat(&self.directory, name, AtFlags::empty())
-            } else {
-                Ok(())
-            }
+            if id == stat.into() { fs::unlinkat(&self.directory, name, AtFlags::empty()) } else { Ok(()) }
         });
         // Management software such as libvirt removes the socket itself.
         if let Err(error) = removed
             && error != Errno::NOENT
         {
             let error = io::Error::from(error);
-            log::warn!(
-                "Cannot remove {}: {error}",
-                self.path.with_file_name(name).display()
-            );
+            log::warn!("Cannot remove {}: {error}", self.path.with_file_name(name).display());
         }
     }
 }
@@ -257,12 +206,7 @@ impl Drop for Claim {
 }
 
 fn new_socket(flags: SocketFlags) -> Result<OwnedFd, Errno> {
-    rustix::net::socket_with(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        flags | SocketFlags::CLOEXEC,
-        None,
-    )
+    rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags | SocketFlags::CLOEXEC, None)
 }
 
 fn describe(file_type: FileType) -> &'static str {
@@ -303,10 +247,8 @@ mod tests {
 
     #[track_caller]
     fn assert_empty(directory: &TempDir) {
-        let left: Vec<_> = fs::read_dir(directory.path())
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name())
-            .collect();
+        let left: Vec<_> =
+            fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert!(left.is_empty(), "{left:?}");
     }
 
@@ -413,10 +355,7 @@ mod tests {
         let (directory, path) = place();
         fs::write(&path, "precious").unwrap();
         let error = listen(&path, None).unwrap_err().to_string();
-        assert!(
-            error.contains("a.sock is a regular file, not a socket: remove it or choose"),
-            "{error}"
-        );
+        assert!(error.contains("a.sock is a regular file, not a socket: remove it or choose"), "{error}");
         assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
 
         fs::remove_file(&path).unwrap();
@@ -437,14 +376,9 @@ mod tests {
     fn bad_paths_are_named() {
         let (directory, path) = place();
         let long = directory.path().join("x".repeat(MAX_PATH));
-        assert!(matches!(
-            listen(&long, None),
-            Err(SocketError::PathTooLong { .. })
-        ));
+        assert!(matches!(listen(&long, None), Err(SocketError::PathTooLong { .. })));
 
-        let error = listen(&directory.path().join("gone/a.sock"), None)
-            .unwrap_err()
-            .to_string();
+        let error = listen(&directory.path().join("gone/a.sock"), None).unwrap_err().to_string();
         assert!(error.contains("/gone does not exist: create it"), "{error}");
 
         fs::write(&path, "").unwrap();
@@ -452,10 +386,7 @@ mod tests {
         assert!(matches!(error, SocketError::Directory { .. }), "{error}");
 
         for path in ["/", "..", "/tmp/.."] {
-            assert!(
-                matches!(listen(Path::new(path), None), Err(SocketError::NoFileName { .. })),
-                "{path}"
-            );
+            assert!(matches!(listen(Path::new(path), None), Err(SocketError::NoFileName { .. })), "{path}");
         }
     }
 
@@ -551,12 +482,7 @@ mod tests {
             let output = Command::new("sh")
                 .args(["-c", &format!(r#"umask {umask}; exec "$0" "$@""#)])
                 .arg(env::current_exe().unwrap())
-                .args([
-                    "--exact",
-                    "socket::path::tests::child",
-                    "--ignored",
-                    "--nocapture",
-                ])
+                .args(["--exact", "socket::path::tests::child", "--ignored", "--nocapture"])
                 .output()
                 .unwrap();
             let stderr = String::from_utf8_lossy(&output.stderr);

@@ -65,10 +65,7 @@ pub fn inherited_fd(fd: RawFd) -> Result<OwnedFd, InheritError> {
     }
     // SAFETY: F_SETFD touches no memory, and nobody in this process owns the descriptor whose flag it changes.
     if unsafe { libc::fcntl(fd, libc::F_SETFD, flags | libc::FD_CLOEXEC) } < 0 {
-        return Err(InheritError::TakeOver {
-            fd,
-            source: io::Error::last_os_error(),
-        });
+        return Err(InheritError::TakeOver { fd, source: io::Error::last_os_error() });
     }
     // SAFETY: the descriptor is open. It came from the parent, as it had no close-on-exec flag, and it was not taken
     // before, as that would have set the flag; the mutex excludes a race. So this is its only owner.
@@ -97,14 +94,8 @@ mod tests {
         for fd in [-1, 0, 1, 2] {
             assert!(matches!(inherited_fd(fd), Err(InheritError::Standard { .. })));
         }
-        assert!(matches!(
-            inherited_fd(RawFd::MAX),
-            Err(InheritError::NotOpen { .. })
-        ));
+        assert!(matches!(inherited_fd(RawFd::MAX), Err(InheritError::NotOpen { .. })));
         let own = tempfile::tempfile().unwrap();
-        assert!(matches!(
-            inherited_fd(own.as_raw_fd()),
-            Err(InheritError::Taken { .. })
-        ));
+        assert!(matches!(inherited_fd(own.as_raw_fd()), Err(InheritError::Taken { .. })));
     }
 }
