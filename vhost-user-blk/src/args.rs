@@ -51,7 +51,7 @@ pub struct Args {
 
     #[command(flatten)]
     #[expect(missing_docs, reason = "clap would print it as help text")]
-    pub queues: QueueArgs<1, 64>,
+    pub queues: QueueArgs,
 
     #[command(flatten)]
     #[expect(missing_docs, reason = "clap would print it as help text")]

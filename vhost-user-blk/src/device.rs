@@ -121,12 +121,14 @@ impl Device for Disk {
         self.config().read(offset, data);
     }
 
-    fn write_config(&self, offset: usize, data: &[u8]) {
+    fn write_config(&self, offset: usize, data: &[u8]) -> bool {
         let value = WRITEBACK_OFFSET.checked_sub(offset).and_then(|index| data.get(index));
-        if let Some(value @ (0 | 1)) = value
-            && !self.image.is_read_only()
-        {
-            self.writeback.store(*value == 1, Ordering::Relaxed);
+        match value {
+            Some(value @ (0 | 1)) if !self.image.is_read_only() => {
+                self.writeback.store(*value == 1, Ordering::Relaxed);
+                true
+            }
+            _ => false,
         }
     }
 

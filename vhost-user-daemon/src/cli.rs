@@ -26,7 +26,7 @@
 //!     #[command(flatten)]
 //!     common: CommonArgs,
 //!     #[command(flatten)]
-//!     queues: QueueArgs<1, 64>,
+//!     queues: QueueArgs,
 //! }
 //!
 //! fn main() -> std::process::ExitCode {
@@ -241,7 +241,7 @@ mod tests {
         #[command(flatten)]
         common: CommonArgs,
         #[command(flatten)]
-        queues: QueueArgs<2, 8>,
+        queues: QueueArgs,
         /// The disk image
         #[arg(long, value_name = "PATH")]
         blk_file: PathBuf,
@@ -324,7 +324,14 @@ mod tests {
     #[test]
     fn help_and_version_are_not_errors() {
         let Err(Outcome::Print(help)) = parse(&["--help"]) else { panic!("no help") };
-        for part in ["Socket:", "Queues:", "Logging:", "--print-capabilities", "[default: 2]", "share=on"] {
+        for part in [
+            "Socket:",
+            "Queues:",
+            "Logging:",
+            "--print-capabilities",
+            "[default: one for each CPU of the host, at most 16]",
+            "share=on",
+        ] {
             assert!(help.contains(part), "{part} is missing:\n{help}");
         }
         assert_eq!(parse(&["--version"]).unwrap_err(), Outcome::Print("vhost-user-blk 1.2.3\n".into()));

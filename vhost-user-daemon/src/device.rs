@@ -38,8 +38,9 @@ pub trait Device: Send + Sync + 'static {
     fn read_config(&self, offset: usize, data: &mut [u8]);
 
     /// The driver (or, when a guest was migrated here, the front end) writes `data` to the configuration space at
-    /// `offset`. Anything may arrive, whole or in parts; what is not writable is ignored.
-    fn write_config(&self, offset: usize, data: &[u8]);
+    /// `offset`. Anything may arrive: some front ends relay one field, others the whole space. `false` if it has no
+    /// field that can be written, or no possible value for it; the front end is told so.
+    fn write_config(&self, offset: usize, data: &[u8]) -> bool;
 
     /// A new front end has connected, or the front end resets the device: what the last driver chose is forgotten.
     fn reset(&self);

@@ -35,7 +35,8 @@ impl DirtyLog {
     /// Fails when the file is smaller than that, or cannot be mapped.
     pub fn set_base(&self, file: File, offset: u64, size: u64) -> io::Result<()> {
         // A mapping that reaches beyond its file would kill this process at the first mark.
-        let fits = offset.checked_add(size).is_some_and(|end| file.metadata().is_ok_and(|file| end <= file.len()));
+        let fits =
+            offset.checked_add(size).is_some_and(|end| file.metadata().is_ok_and(|file| end <= file.len()));
         if size == 0 || size > MAX_LOG_SIZE || !fits {
             let error = format!("Dirty log of {size} bytes at {offset} of its file");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, error));

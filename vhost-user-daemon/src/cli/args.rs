@@ -96,19 +96,19 @@ impl From<LogLevel> for LevelFilter {
 
 /// How many queues a daemon offers and how long they are.
 ///
-/// `DEFAULT` queues unless the flag says otherwise, `MAX` (at most [`MAX_QUEUES`]) the greatest value that the flag
-/// takes. A device that does not count single queues flattens [`QueueSizeArgs`] and has a flag of its own.
+/// A device that does not count single queues flattens [`QueueSizeArgs`] and has a flag of its own.
 #[derive(Args, Clone, Debug)]
-pub struct QueueArgs<const DEFAULT: u16, const MAX: u16> {
-    /// Offer N request queues
+pub struct QueueArgs {
+    /// Offer up to N queues [default: one for each CPU of the host, at most 16]
     ///
-    /// The guest uses one per virtual CPU at most, and each is served by a thread of its own. Give the front end the
-    /// same number, e.g. num-queues=N in QEMU.
+    /// A guest uses as many as it has virtual CPUs, or as the front end says (num-queues= in QEMU), and that may not
+    /// be more than this. Each is served by a thread of its own.
     #[arg(
         long,
         value_name = "N",
-        default_value_t = const { assert!(1 <= DEFAULT && DEFAULT <= MAX && MAX <= MAX_QUEUES); DEFAULT },
-        value_parser = value_parser!(u16).range(1..=i64::from(MAX)),
+        default_value_t = default_queues(),
+        hide_default_value = true,
+        value_parser = value_parser!(u16).range(1..=i64::from(MAX_QUEUES)),
         help_heading = "Queues"
     )]
     pub num_queues: u16,
@@ -126,6 +126,12 @@ pub struct QueueSizeArgs {
     /// Longer queues keep more requests in flight; the front end may choose shorter ones.
     #[arg(long, value_name = "N", default_value = "256", value_parser = queue_size, help_heading = "Queues")]
     pub queue_size: u16,
+}
+
+/// Guests seldom have more virtual CPUs than their host has real ones, and a queue that is not used costs a thread.
+fn default_queues() -> u16 {
+    const MOST: usize = 16;
+    std::thread::available_parallelism().map_or(1, |cpus| cpus.get().min(MOST) as u16)
 }
 
 /// Parses `--queue-size`. The split ring of the virtio specification needs a power of two.
@@ -147,7 +153,7 @@ mod tests {
         #[command(flatten)]
         common: CommonArgs,
         #[command(flatten)]
-        queues: QueueArgs<2, 8>,
+        queues: QueueArgs,
     }
 
     fn parse(arguments: &[&str]) -> Result<TestArgs, clap::Error> {
@@ -167,7 +173,7 @@ mod tests {
         assert_eq!(args.common.log_level, None);
         assert_eq!(args.common.log_format, Format::Text);
         assert!(!args.common.exit_on_disconnect);
-        assert_eq!(args.queues.num_queues, 2);
+        assert!((1..=16).contains(&args.queues.num_queues));
         assert_eq!(args.queues.size.queue_size, 256);
     }
 
@@ -200,8 +206,8 @@ mod tests {
             assert!(message.contains("--queue-size"), "{message}");
         }
         assert!(failure(&["--queue-size=3"]).contains("a power of two from 2 to 1024 is needed"));
-        for count in ["0", "9", "-1", "65537"] {
-            assert!(failure(&[&format!("--num-queues={count}")]).contains("1..=8"));
+        for count in ["0", "65", "-1", "65537"] {
+            assert!(failure(&[&format!("--num-queues={count}")]).contains("1..=64"));
         }
         for fd in ["-1", "0", "2", "2147483648", "x"] {
             assert!(failure(&[&format!("--fd={fd}")]).contains("--fd"));

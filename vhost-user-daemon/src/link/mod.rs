@@ -56,12 +56,15 @@ mod request {
     pub const GET_MAX_MEM_SLOTS: u32 = 36;
     pub const ADD_MEM_REG: u32 = 37;
     pub const REM_MEM_REG: u32 = 38;
+    pub const SET_STATUS: u32 = 39;
+    pub const GET_STATUS: u32 = 40;
 }
 
 /// Protocol features that the link serves by itself.
 const OWN_PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::REPLY_ACK
     .union(ProtocolFeatures::CONFIG)
     .union(ProtocolFeatures::LOG_SHMFD)
+    .union(ProtocolFeatures::STATUS)
     .union(ProtocolFeatures::BACKEND_REQ);
 
 /// The largest configuration space (vhost-user text, "Virtio device config space").
@@ -135,6 +138,8 @@ pub(crate) struct Link<D: Device> {
     features_set: bool,
     /// `SET_OWNER` was relayed; the stock crates refuse a second one.
     owned: bool,
+    /// The device status of the virtio text, section 2.1, as the front end last set it.
+    status: u8,
     /// What to enable once the features are set: DPDK and QEMU 8.2 send `SET_VRING_ENABLE` before.
     early_enables: Vec<VringState>,
 }
@@ -159,6 +164,7 @@ impl<D: Device> Link<D> {
             acked_protocol_features: ProtocolFeatures::empty(),
             features_set: false,
             owned: false,
+            status: 0,
             early_enables: Vec::new(),
         }
     }
@@ -194,6 +200,7 @@ impl<D: Device> Link<D> {
                     | request::GET_CONFIG
                     | request::GET_MAX_MEM_SLOTS
                     | request::SET_LOG_BASE
+                    | request::GET_STATUS
             );
             let reply_to = Message::new(request, []);
             let refusal = match self.answer(message) {
@@ -258,6 +265,15 @@ impl<D: Device> Link<D> {
             request::SET_LOG_FD => Ok(Answer::Done),
             // Gap of vhost: its channel cannot send CONFIG_CHANGE_MSG.
             request::SET_BACKEND_REQ_FD => self.set_backend_channel(message),
+            // Gap of vhost: not known. A front end without this feature stops and starts the rings all the same, so the
+            // status is kept for it and nothing hangs on it.
+            request::SET_STATUS => {
+                let status = body::<u64>(&message)?;
+                self.status =
+                    u8::try_from(status).map_err(|_| Refusal::new(format!("Status {status:#x}")))?;
+                Ok(Answer::Done)
+            }
+            request::GET_STATUS => Ok(Answer::Reply(u64::from(self.status).as_bytes().into())),
             request::SET_VRING_NUM | request::SET_VRING_ADDR | request::SET_VRING_BASE => {
                 self.check_queue(body_prefix::<u32>(&message)?)?;
                 self.relay(message).map(|()| Answer::Done)
@@ -334,17 +350,21 @@ impl<D: Device> Link<D> {
 
     fn set_config(&self, message: &Message) -> Result<Answer, Refusal> {
         let (header, payload) = config_message(message)?;
-        self.device.write_config(header.offset as usize, payload);
-        Ok(Answer::Done)
+        if self.device.write_config(header.offset as usize, payload) {
+            return Ok(Answer::Done);
+        }
+        Err(Refusal::new(format!("{} bytes at {} of the configuration space", header.size, header.offset)))
     }
 
     fn set_log_base(&self, message: Message) -> Result<Answer, Refusal> {
         let base = body::<LogBase>(&message)?;
+        let echo = message.body.clone();
         let fd = single_fd(message)?;
         self.log
             .set_base(fd.into(), base.offset, base.size)
             .map_err(|error| Refusal::new(format!("Dirty log cannot be mapped: {error}")))?;
-        Ok(Answer::Reply(0u64.as_bytes().into()))
+        // The text demands a reply and does not say what is in it. QEMU takes anything, the crate vhost this.
+        Ok(Answer::Reply(echo))
     }
 
     fn set_backend_channel(&self, message: Message) -> Result<Answer, Refusal> {
