@@ -8,6 +8,8 @@
 
 use std::fs::File;
 use std::io;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::sys::{Lock, byte_is_locked, lock_byte};
 
@@ -31,8 +33,26 @@ pub(super) enum Outcome {
     Unsupported,
 }
 
+/// How long [`lock_patiently`] tries.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Locks `image` like [`lock`], and waits a moment for its last user to be gone.
+///
+/// The kernel takes an io_uring apart in the background, also when its process was killed, and the image that is
+/// registered in it stays open and locked for some milliseconds more. A supervisor that starts the daemon again at once
+/// would otherwise find the image in use.
+pub(super) fn lock_patiently(image: &File, read_only: bool) -> io::Result<Outcome> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match lock(image, read_only)? {
+            Outcome::Busy if Instant::now() < end => thread::sleep(Duration::from_millis(10)),
+            outcome => return Ok(outcome),
+        }
+    }
+}
+
 /// Locks `image`: for us alone, or beside other readers if it is opened `read_only`.
-pub(super) fn lock(image: &File, read_only: bool) -> io::Result<Outcome> {
+fn lock(image: &File, read_only: bool) -> io::Result<Outcome> {
     match try_lock(image, read_only) {
         Ok(true) => Ok(Outcome::Locked),
         Ok(false) => {

@@ -168,7 +168,7 @@ impl Image {
             result => result.map_err(|source| ImageError::Open { path: path(), source })?,
         };
 
-        match lock::lock(&file, options.read_only) {
+        match lock::lock_patiently(&file, options.read_only) {
             Ok(lock::Outcome::Locked) => {}
             Ok(lock::Outcome::Busy) => return Err(ImageError::Locked { path: path() }),
             Ok(lock::Outcome::Unsupported) => {

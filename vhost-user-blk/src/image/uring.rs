@@ -186,6 +186,8 @@ impl<J: Job> Drop for Uring<J> {
                 }
             }
         }
+        // The kernel takes the ring apart some time later; the image is to be free at once. There is no remedy if not.
+        let _ = self.ring.submitter().unregister_files();
     }
 }
 
