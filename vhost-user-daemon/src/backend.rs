@@ -90,7 +90,7 @@ impl<D: Device> Backend<D> {
     pub fn stop(&self, deadline: Option<Instant>) -> bool {
         self.stopped.store(true, Ordering::SeqCst);
         // All queues, also when the first is late.
-        (0..self.queues.len()).fold(true, |done, index| self.queue(index).drain(deadline) && done)
+        (0..self.queues.len()).filter(|index| !self.queue(*index).drain(deadline)).count() == 0
     }
 
     /// The eventfds whose ownership `vhost-user-backend` dropped: it registers the raw number and never closes it.

@@ -174,7 +174,7 @@ impl Chain {
                 }
                 let bytes = descriptor.len as usize;
                 let count = bytes / DESCRIPTOR_SIZE;
-                if count == 0 || bytes % DESCRIPTOR_SIZE != 0 || count > usize::from(u16::MAX) + 1 {
+                if count == 0 || !bytes.is_multiple_of(DESCRIPTOR_SIZE) || count > usize::from(u16::MAX) + 1 {
                     return Err(ChainError::IndirectLength(descriptor.len));
                 }
                 let table = host_ptr(memory, descriptor.addr, bytes)
@@ -333,4 +333,150 @@ impl Chain {
 /// Bytes in all of `iovecs`. A chain has at most 4 GiB.
 fn total_len(iovecs: &[iovec]) -> u64 {
     iovecs.iter().map(|iovec| iovec.iov_len as u64).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+
+    const NEXT: u16 = VRING_DESC_F_NEXT as u16;
+    const WRITE: u16 = VRING_DESC_F_WRITE as u16;
+    const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
+    /// The table lies at the start of the first region; a gap of one page lies between the second and the third.
+    const REGIONS: [(u64, usize); 3] = [(0, 0x8000), (0x8000, 0x8000), (0x1_1000, 0x1000)];
+    const TABLE_SIZE: u16 = 16;
+
+    fn memory() -> Arc<Memory> {
+        let ranges = REGIONS.map(|(start, len)| (GuestAddress(start), len));
+        Arc::new(Memory::from_ranges(&ranges).unwrap())
+    }
+
+    fn bytes(descriptors: &[(u64, u32, u16, u16)]) -> Vec<u8> {
+        descriptors
+            .iter()
+            .flat_map(|(addr, len, flags, next)| {
+                let raw = u128::from(*addr)
+                    | u128::from(*len) << 64
+                    | u128::from(*flags) << 96
+                    | u128::from(*next) << 112;
+                raw.to_le_bytes()
+            })
+            .collect()
+    }
+
+    /// Follows a chain from the first of `descriptors`.
+    fn chain(memory: &Arc<Memory>, descriptors: &[(u64, u32, u16, u16)]) -> Result<Chain, ChainError> {
+        memory.write_slice(&bytes(descriptors), GuestAddress(0)).unwrap();
+        let table = host_ptr(memory, 0, usize::from(TABLE_SIZE) * DESCRIPTOR_SIZE).unwrap();
+        let mut chain = Chain::default();
+        // SAFETY: `host_ptr` found the whole table.
+        unsafe { chain.fill(memory, table, TABLE_SIZE, 0) }.map(|()| chain)
+    }
+
+    #[test]
+    fn header_data_and_last_byte_come_apart_wherever_the_buffers_end() {
+        let memory = memory();
+        memory.write_slice(b"headerdata", GuestAddress(0x1000)).unwrap();
+        let mut chain = chain(
+            &memory,
+            &[
+                (0x1000, 4, NEXT, 1),
+                (0x1004, 6, NEXT, 2),
+                (0x2000, 3, NEXT | WRITE, 3),
+                (0x3000, 1, WRITE, 0),
+            ],
+        )
+        .unwrap();
+        let mut header = [0; 6];
+        chain.read(&mut header).unwrap();
+        assert_eq!(&header, b"header");
+        assert_eq!((chain.readable_len(), chain.writable_len()), (4, 4));
+        assert_eq!(chain.read(&mut [0; 5]), Err(ChainError::TooShort));
+        chain.take_last_byte().unwrap();
+        assert_eq!(chain.write(b"abcdef"), 3);
+        assert!(chain.write_last_byte(7, &DirtyLog::default()));
+        let mut data = [0; 3];
+        memory.read_slice(&mut data, GuestAddress(0x2000)).unwrap();
+        assert_eq!(&data, b"abc");
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(0x3000)).unwrap(), 7);
+    }
+
+    #[test]
+    fn a_buffer_may_cross_regions_that_touch_and_no_others() {
+        let memory = memory();
+        let across = chain(&memory, &[(0x7f00, 0x200, WRITE, 0)]).unwrap();
+        assert_eq!(
+            across.writable().iter().map(|segment| segment.iov_len).collect::<Vec<_>>(),
+            [0x100, 0x100]
+        );
+        assert_eq!(
+            chain(&memory, &[(0xff00, 0x200, WRITE, 0)]).unwrap_err(),
+            ChainError::OutsideMemory { addr: 0x1_0000, len: 0x100 }
+        );
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_chain_is_named() {
+        let memory = memory();
+        let ok = (0x1000, 1, 0, 0);
+        let indirect = |len, flags| (0x4000, len, INDIRECT | flags, 1);
+        memory.write_slice(&bytes(&[(0x4000, 16, INDIRECT, 0)]), GuestAddress(0x4000)).unwrap();
+        for (descriptors, error) in [
+            (vec![(0x1000, 1, NEXT, 16)], ChainError::IndexOutOfRange { index: 16, size: 16 }),
+            (vec![(0x1000, 1, NEXT, 0)], ChainError::Cyclic),
+            (vec![(0x1000, 1, NEXT, 1), (0x1000, 1, NEXT, 0)], ChainError::Cyclic),
+            (vec![(0x1000, 1, NEXT | WRITE, 1), ok], ChainError::ReadableAfterWritable),
+            (vec![(u64::MAX, 2, 0, 0)], ChainError::OutsideMemory { addr: u64::MAX, len: 2 }),
+            (
+                vec![(0x1000, u32::MAX, NEXT, 1), ok],
+                ChainError::OutsideMemory { addr: 0x1_0000, len: 0xffff_ffff - 0xf000 },
+            ),
+            (vec![indirect(16, NEXT), ok], ChainError::IndirectWithNext),
+            (vec![indirect(0, 0)], ChainError::IndirectLength(0)),
+            (vec![indirect(24, 0)], ChainError::IndirectLength(24)),
+            (vec![indirect(16, 0)], ChainError::NestedIndirect),
+            (vec![(0x2_0000, 16, INDIRECT, 0)], ChainError::OutsideMemory { addr: 0x2_0000, len: 16 }),
+        ] {
+            assert_eq!(chain(&memory, &descriptors).unwrap_err(), error, "{descriptors:x?}");
+        }
+    }
+
+    #[test]
+    fn buffers_and_bytes_are_bounded() {
+        let memory = memory();
+        let table: Vec<_> = (1..=MAX_SEGMENTS as u16 + 1).map(|next| (0x1000, 1, NEXT, next)).collect();
+        memory.write_slice(&bytes(&table), GuestAddress(0x2000)).unwrap();
+        let len = (table.len() * DESCRIPTOR_SIZE) as u32;
+        assert_eq!(chain(&memory, &[(0x2000, len, INDIRECT, 0)]).unwrap_err(), ChainError::TooManySegments);
+    }
+
+    proptest! {
+        /// Whatever stands in a table, a chain holds only guest memory.
+        #[test]
+        fn garbage_leads_nowhere_else(
+            descriptors in prop::collection::vec(
+                (
+                    prop_oneof![0u64..0x1_3000, any::<u64>()],
+                    prop_oneof![0u32..0x400, any::<u32>()],
+                    0u16..8,
+                    0u16..20,
+                ),
+                usize::from(TABLE_SIZE),
+            ),
+        ) {
+            let memory = memory();
+            if let Ok(chain) = chain(&memory, &descriptors) {
+                prop_assert!(chain.readable().len() + chain.writable().len() <= MAX_SEGMENTS);
+                for segment in chain.readable().iter().chain(chain.writable()) {
+                    let start = crate::memory::guest_address(&memory, segment.iov_base.cast());
+                    let last = segment.iov_base.cast::<u8>().wrapping_add(segment.iov_len - 1);
+                    let end = crate::memory::guest_address(&memory, last);
+                    prop_assert_eq!(end.unwrap() - start.unwrap(), segment.iov_len as u64 - 1);
+                }
+            }
+        }
+    }
 }

@@ -4,6 +4,7 @@
 //! Virtio 1.3 text, section 2.7 (split virtqueues): 2.7.6 available ring, 2.7.8 used ring, 2.7.7 and 2.7.10
 //! notification suppression.
 #![expect(unsafe_code, reason = "the rings are memory shared with the guest")]
+#![expect(clippy::cast_ptr_alignment, reason = "Layout::resolve checks it")]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering, fence};
@@ -288,4 +289,20 @@ impl Layout {
 /// section 2.7.10, `vring_need_event`).
 fn needs_event(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::needs_event;
+
+    proptest! {
+        /// The driver is told exactly if the entry that it waits for is among those just added.
+        #[test]
+        fn an_event_is_needed_if_its_entry_was_added(event in any::<u16>(), old in any::<u16>(), added in 1u16..1024) {
+            let naive = (0..added).any(|step| old.wrapping_add(step) == event);
+            prop_assert_eq!(needs_event(event, old.wrapping_add(added), old), naive);
+        }
+    }
 }

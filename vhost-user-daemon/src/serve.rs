@@ -199,15 +199,16 @@ impl<D: Device> Connection<D> {
         let backend = Arc::new(Backend::new(Arc::clone(device), memory.clone(), Arc::clone(&log))?);
         let link = Link::new(front.try_clone()?, inner, Arc::clone(device), log, notifier.clone());
 
-        let mut daemon =
-            VhostUserDaemon::new("vhost-user".into(), Arc::clone(&backend), memory).map_err(io_error)?;
-        let started = daemon.start(&mut Listener::from(listener)).map_err(io_error).and_then(|()| {
-            let handlers = daemon.get_epoll_handlers();
-            backend.register_event_fds(|queue, fd| {
-                // Numbers up to the number of queues belong to the crate, and it knows each thread's one queue as 0.
-                handlers[queue].register_listener(fd.as_raw_fd(), EventSet::IN, WORKER_EVENT)
-            })
-        });
+        let mut daemon = VhostUserDaemon::new("vhost-user".into(), Arc::clone(&backend), memory)
+            .map_err(|error| io_error(&error))?;
+        let started =
+            daemon.start(&mut Listener::from(listener)).map_err(|error| io_error(&error)).and_then(|()| {
+                let handlers = daemon.get_epoll_handlers();
+                backend.register_event_fds(|queue, fd| {
+                    // Numbers up to the number of queues belong to the crate, and it knows each thread's one queue as 0.
+                    handlers[queue].register_listener(fd.as_raw_fd(), EventSet::IN, WORKER_EVENT)
+                })
+            });
         let link = started.and_then(|()| {
             thread::Builder::new().name("link".into()).spawn(move || {
                 let _ending = ending;
@@ -254,6 +255,6 @@ impl<D: Device> Connection<D> {
 const WORKER_EVENT: u64 = 128;
 
 /// The crate's error as an I/O error.
-fn io_error(error: vhost_user_backend::Error) -> io::Error {
+fn io_error(error: &vhost_user_backend::Error) -> io::Error {
     io::Error::other(error.to_string())
 }

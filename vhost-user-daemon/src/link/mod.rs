@@ -247,22 +247,21 @@ impl<D: Device> Link<D> {
                 self.acked_protocol_features = ProtocolFeatures::from_bits_truncate(acked);
                 Ok(Answer::Done)
             }
+            // RESET_OWNER is not used any more says the text, and its effects are those of the end of the connection.
+            // SET_LOG_FD is a gap of vhost: not known. It brings an eventfd for errors of logging, of which there are
+            // none here, and no front end waits for it.
+            request::RESET_OWNER | request::SET_LOG_FD => Ok(Answer::Done),
             request::SET_OWNER if self.owned => Ok(Answer::Done),
             request::SET_OWNER => {
                 self.owned = true;
                 self.relay(message).map(|()| Answer::Done)
             }
-            // Not used any more says the text, and its effects are those of the end of the connection.
-            request::RESET_OWNER => Ok(Answer::Done),
             request::GET_QUEUE_NUM => Ok(Answer::Reply((self.device.num_queues() as u64).as_bytes().into())),
             request::GET_CONFIG => self.get_config(&message),
             request::SET_CONFIG => self.set_config(&message),
             // Gap of vhost-user-backend: its dirty log costs every request, cannot be switched off again, and loses
             // regions that are added.
             request::SET_LOG_BASE => self.set_log_base(message),
-            // Gap of vhost: not known. The text says what the file is for (an eventfd for logging errors), and no
-            // front end waits for it.
-            request::SET_LOG_FD => Ok(Answer::Done),
             // Gap of vhost: its channel cannot send CONFIG_CHANGE_MSG.
             request::SET_BACKEND_REQ_FD => self.set_backend_channel(message),
             // Gap of vhost: not known. A front end without this feature stops and starts the rings all the same, so the
@@ -280,7 +279,7 @@ impl<D: Device> Link<D> {
             }
             request::SET_VRING_KICK | request::SET_VRING_CALL | request::SET_VRING_ERR => {
                 let value = body::<u64>(&message)?;
-                self.check_queue(value as u8 as u32)?;
+                self.check_queue((value & 0xff) as u32)?;
                 if (value & NO_FD == 0) != (message.fds.len() == 1) {
                     return Err(Refusal::new(format!("Ring message with {} files", message.fds.len())));
                 }
