@@ -152,7 +152,7 @@ pub fn parse_segments(
 
 fn check_segments(readable: u64, request: Request) -> Result<Request, Status> {
     let size = size_of::<Segment>() as u64;
-    if readable == 0 || readable % size != 0 || readable / size > u64::from(MAX_SEGMENTS) {
+    if readable == 0 || !readable.is_multiple_of(size) || readable / size > u64::from(MAX_SEGMENTS) {
         return Err(Status::IoError);
     }
     Ok(request)
@@ -162,7 +162,11 @@ fn check_segments(readable: u64, request: Request) -> Result<Request, Status> {
 fn check_range(offset: u64, len: u64, limits: &Limits) -> Result<(), Status> {
     let block = u64::from(limits.block_size);
     let fits = offset <= limits.capacity && len <= limits.capacity - offset;
-    if fits && offset % block == 0 && len % block == 0 { Ok(()) } else { Err(Status::IoError) }
+    if fits && offset.is_multiple_of(block) && len.is_multiple_of(block) {
+        Ok(())
+    } else {
+        Err(Status::IoError)
+    }
 }
 
 #[cfg(test)]

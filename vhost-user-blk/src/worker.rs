@@ -1,7 +1,7 @@
 //! One queue of a disk: pop, parse, execute, finish.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +15,11 @@ use crate::request::{self, Header, Limits, MAX_SEGMENTS, Request, Segment, Statu
 /// Data moved in the worker's own thread before the guest is told of what is done so far, in bytes.
 const PUBLISH_AFTER: u64 = 512 << 10;
 
+/// Requests that are not submitted before the worker finds nothing else to do.
+const SUBMIT_WITH_WAIT: usize = 4;
+
 /// Serves one queue of a [`Disk`].
+#[expect(clippy::vec_box, reason = "tasks move between these lists and the engine all the time, as pointers")]
 pub struct BlkWorker {
     disk: Arc<Disk>,
     limits: Limits,
@@ -37,20 +41,15 @@ pub struct Task {
 }
 
 /// What is to be done with a chain.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 enum Step {
     /// Execute this.
     Execute(Request),
     /// Answer with this status.
     Finish(Status),
     /// There is no place for a status: give it back as it is.
+    #[default]
     Return,
-}
-
-impl Default for Step {
-    fn default() -> Self {
-        Self::Return
-    }
 }
 
 impl Job for Box<Task> {
@@ -173,7 +172,6 @@ impl BlkWorker {
             }
         }
         self.popped = popped;
-        self.engine.submit();
     }
 
     /// Finishes what the engine has done; `false` if there was nothing.
@@ -225,9 +223,14 @@ impl Worker for BlkWorker {
         self.pop(ring);
         let popped = !self.popped.is_empty();
         if popped {
+            // A few are submitted together with the wait for them. More are worth a call of their own, as reads from
+            // the page cache are done when it returns.
+            let many = self.popped.len() > SUBMIT_WITH_WAIT;
             self.execute(ring);
-            // Reads from the page cache are done by now.
-            self.reap(ring);
+            if many {
+                self.engine.submit();
+                self.reap(ring);
+            }
         }
         if reaped || popped { Progress::Busy } else { Progress::Idle }
     }
@@ -236,12 +239,8 @@ impl Worker for BlkWorker {
         self.engine.in_flight()
     }
 
-    fn wait(&mut self, timeout: Duration) {
-        self.engine.wait(timeout);
-    }
-
-    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.engine.event_fd()
+    fn wait(&mut self, timeout: Duration, kick: Option<&Arc<OwnedFd>>) {
+        self.engine.wait(timeout, kick);
     }
 }
 

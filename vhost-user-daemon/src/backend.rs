@@ -1,7 +1,7 @@
 //! Joins a [`Device`] to `vhost-user-backend`: one worker thread for each queue, started, drained and stopped here.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -58,7 +58,7 @@ impl<W: Worker> Queue<W> {
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return false;
             }
-            self.worker.wait(WAIT_SLICE);
+            self.worker.wait(WAIT_SLICE, None);
         }
     }
 }
@@ -71,19 +71,6 @@ impl<D: Device> Backend<D> {
             .map(|index| Ok(Mutex::new(Queue { worker: device.new_worker(index)?, ring: None })))
             .collect::<io::Result<_>>()?;
         Ok(Self { device, memory, log, stopped: Arc::default(), queues, exit_events: Mutex::default() })
-    }
-
-    /// Calls `register` with the number of each queue and the file descriptor that its worker wants watched.
-    pub fn register_event_fds(
-        &self,
-        mut register: impl FnMut(usize, BorrowedFd<'_>) -> io::Result<()>,
-    ) -> io::Result<()> {
-        for index in 0..self.queues.len() {
-            if let Some(fd) = self.queue(index).worker.event_fd() {
-                register(index, fd)?;
-            }
-        }
-        Ok(())
     }
 
     /// Pops nothing more, and completes what is in flight; `false` if something is left at the deadline.
@@ -164,8 +151,8 @@ impl<D: Device> VhostUserBackend for Backend<D> {
         Ok(())
     }
 
-    /// A kick, a ring that was just started, or the worker's own file descriptor: the same work in each case. Never an
-    /// error, which would end the thread for good.
+    /// A kick, or a ring that was just started: the same work in each case. Returns when there is nothing to do and
+    /// nothing in flight. Never an error, which would end the thread for good.
     fn handle_event(
         &self,
         _event: u16,
@@ -185,19 +172,22 @@ impl<D: Device> VhostUserBackend for Backend<D> {
                 Arc::clone(&self.stopped),
             ));
         }
-        if let Some(ring) = &mut queue.ring {
-            ring.disable_notifications();
-        }
+        let Queue { worker, ring: Some(ring) } = &mut *queue else { return Ok(()) };
+        ring.disable_notifications();
         loop {
-            if queue.pass() == Progress::Idle {
-                let Some(ring) = &mut queue.ring else {
-                    return Ok(());
-                };
-                if !ring.enable_notifications() {
+            let progress = worker.pass(ring);
+            ring.publish();
+            if progress == Progress::Busy {
+                continue;
+            }
+            if !ring.enable_notifications() {
+                // At the end of the connection whoever stops the queue does the waiting.
+                if worker.in_flight() == 0 || self.stopped.load(Ordering::SeqCst) {
                     return Ok(());
                 }
-                ring.disable_notifications();
+                worker.wait(WAIT_SLICE, ring.kick().as_ref());
             }
+            ring.disable_notifications();
         }
     }
 }

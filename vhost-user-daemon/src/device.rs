@@ -4,13 +4,14 @@
 //! space; its workers move data and know nothing of sockets, eventfds or threads:
 //!
 //! ```text
-//! kick or worker fd ──> pass: batch().pop() ──> parse, execute ──> complete() ──> publish ──┐
-//!                         ^                                                                  │
-//!                         └────────── again until a pass finds nothing to do ────────────────┘
+//! kick ──> pass: batch().pop() ──> parse, execute ──> complete() ──> publish ──┐
+//!            ^                                                                   │
+//!            ├──────────────── a pass that found something to do ────────────────┤
+//!            └── wait for a kick or for what is in flight, if there is any ──────┘
 //! ```
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -61,11 +62,11 @@ pub trait Worker: Send + 'static {
     /// Chains popped and not completed yet.
     fn in_flight(&self) -> usize;
 
-    /// Waits until something in flight has finished, or until `timeout`. Called only while something is in flight.
-    fn wait(&mut self, timeout: Duration);
-
-    /// A file descriptor that is readable while something in flight has finished.
-    fn event_fd(&self) -> Option<BorrowedFd<'_>>;
+    /// Waits until something in flight has finished, until the guest writes to `kick`, or until `timeout`, whatever
+    /// comes first. Called only while something is in flight. `kick` is not to be read.
+    ///
+    /// Returning early is no error, and neither is missing a kick: it is looked for again.
+    fn wait(&mut self, timeout: Duration, kick: Option<&Arc<OwnedFd>>);
 }
 
 /// What a [`Worker::pass`] did.

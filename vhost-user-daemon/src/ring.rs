@@ -6,6 +6,7 @@
 #![expect(unsafe_code, reason = "the rings are memory shared with the guest")]
 #![expect(clippy::cast_ptr_alignment, reason = "Layout::resolve checks it")]
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering, fence};
 
@@ -54,6 +55,11 @@ impl Ring {
     /// The log in which a device marks what it wrote to guest memory.
     pub fn dirty_log(&self) -> &DirtyLog {
         &self.log
+    }
+
+    /// The eventfd that the guest kicks.
+    pub(crate) fn kick(&self) -> Option<Arc<OwnedFd>> {
+        self.vring.kick()
     }
 
     /// Starts to pop chains; `None` while the ring is stopped, disabled or broken.

@@ -1,7 +1,7 @@
 //! The life of a daemon: accept a front end, serve it, listen again, and end in order on SIGTERM or SIGINT.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -14,7 +14,6 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use thiserror::Error;
 use vhost::vhost_user::Listener;
 use vhost_user_backend::VhostUserDaemon;
-use vmm_sys_util::epoll::EventSet;
 
 use crate::backend::Backend;
 use crate::device::Device;
@@ -201,14 +200,7 @@ impl<D: Device> Connection<D> {
 
         let mut daemon = VhostUserDaemon::new("vhost-user".into(), Arc::clone(&backend), memory)
             .map_err(|error| io_error(&error))?;
-        let started =
-            daemon.start(&mut Listener::from(listener)).map_err(|error| io_error(&error)).and_then(|()| {
-                let handlers = daemon.get_epoll_handlers();
-                backend.register_event_fds(|queue, fd| {
-                    // Numbers up to the number of queues belong to the crate, and it knows each thread's one queue as 0.
-                    handlers[queue].register_listener(fd.as_raw_fd(), EventSet::IN, WORKER_EVENT)
-                })
-            });
+        let started = daemon.start(&mut Listener::from(listener)).map_err(|error| io_error(&error));
         let link = started.and_then(|()| {
             thread::Builder::new().name("link".into()).spawn(move || {
                 let _ending = ending;
@@ -250,9 +242,6 @@ impl<D: Device> Connection<D> {
         sys::close_forgotten(self.backend.take_exit_events());
     }
 }
-
-/// The number under which a worker's own file descriptor is watched: beyond the 64 queues and the exit event.
-const WORKER_EVENT: u64 = 128;
 
 /// The crate's error as an I/O error.
 fn io_error(error: &vhost_user_backend::Error) -> io::Error {

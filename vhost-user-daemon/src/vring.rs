@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -27,6 +28,7 @@ pub struct Vring {
 #[derive(Default)]
 struct Extra {
     broken: AtomicBool,
+    kick: Mutex<Option<Arc<OwnedFd>>>,
     error: Mutex<Option<File>>,
 }
 
@@ -40,6 +42,11 @@ impl Vring {
             // An error here means that nobody listens.
             let _ = rustix::io::write(error, &1u64.to_ne_bytes());
         }
+    }
+
+    /// The eventfd that the guest kicks, for a worker that watches it while it waits for something else.
+    pub(crate) fn kick(&self) -> Option<Arc<OwnedFd>> {
+        self.extra.kick.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Whether [`Vring::set_broken`] was called since the ring was started.
@@ -140,6 +147,9 @@ impl VringT<SharedMemory> for Vring {
     }
 
     fn set_kick(&self, file: Option<File>) {
+        // Out of file descriptors is the only way to fail, and costs nothing but speed.
+        let copy = file.as_ref().and_then(|file| file.try_clone().ok()).map(|file| Arc::new(file.into()));
+        *self.extra.kick.lock().unwrap_or_else(PoisonError::into_inner) = copy;
         self.state.set_kick(nonblocking(file));
     }
 

@@ -1,7 +1,7 @@
 //! A device served to a front end over a real socket: what the link adds to the stock crates.
 
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -72,11 +72,7 @@ impl Worker for Nothing {
         0
     }
 
-    fn wait(&mut self, _timeout: Duration) {}
-
-    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
-        None
-    }
+    fn wait(&mut self, _timeout: Duration, _kick: Option<&Arc<OwnedFd>>) {}
 }
 
 /// A device that is being served, until the test ends.
@@ -120,7 +116,7 @@ fn a_changed_configuration_reaches_the_front_end() {
     assert!(!served.notifier.notify().unwrap(), "nobody is there to be told");
     let mut front_end = served.front_end();
     let (mut ours, theirs) = UnixStream::pair().unwrap();
-    front_end.set_backend_request_fd(&theirs.as_fd().as_raw_fd()).unwrap();
+    front_end.set_backend_request_fd(&theirs.as_raw_fd()).unwrap();
     // The next answer comes after the channel was taken over.
     front_end.get_features().unwrap();
 

@@ -11,7 +11,7 @@
 //! On tmpfs every request through io_uring is handed to a kernel thread, four times as dear as doing it here.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::Once;
 use std::time::Duration;
@@ -62,7 +62,7 @@ impl<J: Job> Engine<J> {
             Err(error) if choice == EngineChoice::Auto => {
                 static SAID: Once = Once::new();
                 SAID.call_once(|| {
-                    info!("io_uring cannot be used here ({error}): requests are done one at a time")
+                    info!("io_uring cannot be used here ({error}): requests are done one at a time");
                 });
                 None
             }
@@ -74,7 +74,7 @@ impl<J: Job> Engine<J> {
     /// Starts `job`, or does it at once and gives it back with the result. `alone` says that nothing else is waiting
     /// or in flight.
     ///
-    /// What was started reaches the kernel at the next [`Engine::submit`].
+    /// What was started reaches the kernel at the next [`Engine::submit`] or [`Engine::wait`].
     pub fn start(&mut self, job: J, alone: bool) -> Option<(J, io::Result<()>)> {
         let operation = job.operation();
         if self.is_inline(operation) {
@@ -131,15 +131,12 @@ impl<J: Job> Engine<J> {
         self.uring.as_ref().map_or(0, Uring::in_flight)
     }
 
-    /// Waits until a job may be done, or until `timeout`.
-    pub fn wait(&mut self, timeout: Duration) {
+    /// Submits what was started, and waits until a job may be done, until something is written to the eventfd `kick`,
+    /// or until `timeout`. The eventfd is not read.
+    pub fn wait(&mut self, timeout: Duration, kick: Option<&Arc<OwnedFd>>) {
         if let Some(uring) = &mut self.uring {
+            uring.watch(kick);
             uring.wait(timeout);
         }
-    }
-
-    /// Readable while a job may be done.
-    pub fn event_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.uring.as_ref().map(Uring::event_fd)
     }
 }

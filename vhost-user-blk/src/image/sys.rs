@@ -100,8 +100,9 @@ pub(super) fn lock_byte(file: &File, byte: i64, lock: Lock) -> io::Result<()> {
         Lock::Shared => libc::F_RDLCK,
         Lock::Release => libc::F_UNLCK,
     };
+    let flock = flock(kind, byte);
     // SAFETY: F_OFD_SETLK reads the structure.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const *&flock(kind, byte)) } == -1 {
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const flock) } == -1 {
         return Err(io::Error::last_os_error());
     }
     Ok(())

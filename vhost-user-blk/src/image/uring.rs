@@ -3,12 +3,13 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use io_uring::squeue::Entry;
-use io_uring::types::{Fixed, FsyncFlags, SubmitArgs, Timespec};
-use io_uring::{IoUring, opcode};
+use io_uring::types::{Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
+use io_uring::{IoUring, cqueue, opcode};
 use libc::iovec;
 use log::error;
 
@@ -24,6 +25,10 @@ pub(super) struct Uring<J: Job> {
     ring: IoUring,
     slots: Vec<Option<Slot<J>>>,
     free: Vec<u32>,
+    /// The eventfd that also ends a wait, and the tag of the poll on it.
+    watched: Option<(Arc<OwnedFd>, u64)>,
+    /// Polls started so far.
+    polls: u32,
 }
 
 /// A job in flight.
@@ -44,6 +49,9 @@ struct Slot<J> {
 
 // SAFETY: the iovecs in `rest` point where those of the job do.
 unsafe impl<J: Job + Send> Send for Uring<J> {}
+
+/// The slot of a [`Tag`] that belongs to no job: polls, and their removal.
+const NO_SLOT: u32 = u32::MAX;
 
 /// What is known of a submission when it comes back: the slot, and the range that it was for.
 #[derive(Clone, Copy)]
@@ -71,6 +79,8 @@ impl<J: Job> Uring<J> {
             ring,
             slots: (0..depth).map(|_| None).collect(),
             free: (0..u32::from(depth)).rev().collect(),
+            watched: None,
+            polls: 0,
         })
     }
 
@@ -123,9 +133,14 @@ impl<J: Job> Uring<J> {
     /// Moves the jobs that are done to `done`; continues those that are not.
     pub fn reap(&mut self, image: &Image, done: &mut Vec<(J, io::Result<()>)>) {
         let mut again = Vec::new();
-        let Self { ring, slots, free, .. } = self;
+        let Self { ring, slots, free, watched, .. } = self;
         for completion in ring.completion() {
             let tag = Tag::decode(completion.user_data());
+            if tag.slot == NO_SLOT {
+                let ended = !cqueue::more(completion.flags());
+                watched.take_if(|(_, poll)| ended && *poll == tag.encode());
+                continue;
+            }
             let Some(slot) = &mut slots[tag.slot as usize] else {
                 continue;
             };
@@ -155,17 +170,33 @@ impl<J: Job> Uring<J> {
         self.slots.len() - self.free.len()
     }
 
-    /// Waits until there is something to reap, or until `timeout`.
+    /// Lets everything written to the eventfd `kick` end a wait as well, instead of the one before.
+    pub fn watch(&mut self, kick: Option<&Arc<OwnedFd>>) {
+        match (&self.watched, kick) {
+            (Some((watched, _)), Some(kick)) if Arc::ptr_eq(watched, kick) => return,
+            (None, None) => return,
+            _ => {}
+        }
+        self.polls = self.polls.wrapping_add(1);
+        let tag = Tag { slot: NO_SLOT, range: self.polls }.encode();
+        if let Some((_, before)) = self.watched.take() {
+            self.push(
+                &opcode::PollRemove::new(before).build().user_data(Tag { slot: NO_SLOT, range: 0 }.encode()),
+            );
+        }
+        if let Some(kick) = kick {
+            // Reports every write by itself, so that the eventfd need not be read in between.
+            let poll = opcode::PollAdd::new(Fd(kick.as_raw_fd()), libc::POLLIN as u32).multi(true);
+            self.push(&poll.build().user_data(tag));
+            self.watched = Some((Arc::clone(kick), tag));
+        }
+    }
+
+    /// Submits what was started, and waits until there is something to reap, or until `timeout`.
     pub fn wait(&mut self, timeout: Duration) {
         let timeout = Timespec::new().sec(timeout.as_secs()).nsec(timeout.subsec_nanos());
         // Returns early for a signal, and with an error at the time-out. The caller looks for itself.
         let _ = self.ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&timeout));
-    }
-
-    /// Readable while there is something to reap.
-    pub fn event_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the ring owns the descriptor as long as it exists.
-        unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
     }
 }
 
@@ -177,7 +208,7 @@ impl<J: Job> Drop for Uring<J> {
             self.wait(Duration::from_secs(1));
             for completion in self.ring.completion() {
                 let tag = Tag::decode(completion.user_data());
-                if let Some(slot) = &mut self.slots[tag.slot as usize] {
+                if let Some(Some(slot)) = self.slots.get_mut(tag.slot as usize) {
                     slot.pending -= 1;
                     if slot.pending == 0 {
                         self.slots[tag.slot as usize] = None;
