@@ -1,1 +1,262 @@
-//! (being written)
+//! Linux guests that use the daemons: one boots, runs a shell script and powers off.
+//!
+//! ```no_run
+//! # fn main() -> anyhow::Result<()> {
+//! # let socket = std::path::Path::new("/run/blk");
+//! use tests::guest::{BlkOptions, Guest, Vmm};
+//!
+//! let report = Guest::new(Vmm::Qemu)
+//!     .cpus(2)
+//!     .blk(socket, BlkOptions { num_queues: 2, ..BlkOptions::default() })
+//!     .script("report sectors $(cat /sys/block/vda/size)")
+//!     .run()?
+//!     .check()?;
+//! assert_eq!(report.value("sectors")?, "2048");
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! The script runs in busybox's shell with `set -ex`: a command that fails ends it. Its standard output comes back
+//! in the [`Report`]; its standard error and a trace of its commands go to the guest's console, which every error
+//! quotes. The functions that it can call are in `functions.sh`.
+mod initramfs;
+mod qemu;
+mod running;
+mod terminal;
+mod transcript;
+mod uml;
+
+use std::fmt;
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use tempfile::{NamedTempFile, TempDir};
+
+pub use self::running::{Report, Running};
+
+use self::initramfs::Initramfs;
+use crate::provision::{self, Modules};
+
+/// How long the guest's own watchdog waits after the host's limit.
+const WATCHDOG_GRACE: Duration = Duration::from_secs(60);
+
+/// What runs a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Vmm {
+    /// QEMU with virtio-pci devices.
+    Qemu,
+    /// User Mode Linux.
+    Uml,
+}
+
+impl Vmm {
+    /// Both of them.
+    pub const ALL: [Self; 2] = [Self::Qemu, Self::Uml];
+
+    /// The terminal that carries the channel.
+    fn channel(self) -> &'static str {
+        match self {
+            Self::Qemu => "/dev/ttyS1",
+            Self::Uml => "/dev/tty1",
+        }
+    }
+}
+
+impl fmt::Display for Vmm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Qemu => "QEMU",
+            Self::Uml => "User Mode Linux",
+        })
+    }
+}
+
+/// How a guest attaches a block device.
+#[derive(Debug, Clone, Copy)]
+pub struct BlkOptions {
+    /// Its request queues; User Mode Linux uses one.
+    pub num_queues: u16,
+    /// How often QEMU tries to reach a daemon that went away; without it the device stays dead.
+    pub reconnect: Option<Duration>,
+}
+
+impl Default for BlkOptions {
+    fn default() -> Self {
+        Self { num_queues: 1, reconnect: None }
+    }
+}
+
+/// A device of a guest.
+#[derive(Debug, Clone)]
+enum Device {
+    Blk { socket: PathBuf, options: BlkOptions },
+}
+
+impl Device {
+    /// The guest's driver.
+    fn module(&self) -> &'static str {
+        match self {
+            Self::Blk { .. } => "virtio_blk",
+        }
+    }
+}
+
+/// A guest that is about to boot.
+#[derive(Debug, Clone)]
+pub struct Guest {
+    vmm: Vmm,
+    memory_mib: u32,
+    cpus: u32,
+    devices: Vec<Device>,
+    modules: Vec<String>,
+    programs: Vec<String>,
+    files: Vec<(String, Vec<u8>)>,
+    script: String,
+    timeout: Duration,
+}
+
+impl Guest {
+    /// A guest with one processor, 256 MiB of memory, no devices and two minutes to live.
+    pub fn new(vmm: Vmm) -> Self {
+        Self {
+            vmm,
+            memory_mib: 256,
+            cpus: 1,
+            devices: Vec::new(),
+            modules: Vec::new(),
+            programs: Vec::new(),
+            files: Vec::new(),
+            script: String::new(),
+            timeout: Duration::from_secs(120),
+        }
+    }
+
+    /// Sets the size of its memory.
+    #[must_use]
+    pub fn memory_mib(mut self, memory_mib: u32) -> Self {
+        self.memory_mib = memory_mib;
+        self
+    }
+
+    /// Sets the number of its processors. User Mode Linux has one.
+    #[must_use]
+    pub fn cpus(mut self, cpus: u32) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// Attaches the block device of the daemon that listens at `socket`; the first is the guest's `/dev/vda`.
+    #[must_use]
+    pub fn blk(mut self, socket: impl Into<PathBuf>, options: BlkOptions) -> Self {
+        self.devices.push(Device::Blk { socket: socket.into(), options });
+        self
+    }
+
+    /// Loads a kernel module, besides those of the devices. `ext4` and the like; built-in ones are fine.
+    #[must_use]
+    pub fn module(mut self, name: &str) -> Self {
+        self.modules.push(name.to_owned());
+        self
+    }
+
+    /// Adds what the ext4 file system needs.
+    #[must_use]
+    pub fn ext4(self) -> Self {
+        // ext4 asks for its checksum by an alias, which only modprobe could resolve.
+        self.module("crc32c_generic").module("ext4").program("mke2fs").program("e2fsck")
+    }
+
+    /// Adds a program that [`provision::program`] knows.
+    #[must_use]
+    pub fn program(mut self, name: &str) -> Self {
+        self.programs.push(name.to_owned());
+        self
+    }
+
+    /// Adds a file.
+    #[must_use]
+    pub fn file(mut self, path: &str, content: impl Into<Vec<u8>>) -> Self {
+        self.files.push((path.to_owned(), content.into()));
+        self
+    }
+
+    /// Sets the script. Its exit status is the guest's.
+    #[must_use]
+    pub fn script(mut self, script: impl Into<String>) -> Self {
+        self.script = script.into();
+        self
+    }
+
+    /// Sets how long everything may take, from the start to the power-off.
+    #[must_use]
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// Boots it and waits for its end. A script that fails is a report too: see [`Report::check`]. A guest that
+    /// panics, hangs or ends without a word is an error.
+    pub fn run(self) -> Result<Report> {
+        self.spawn()?.wait()
+    }
+
+    /// Boots it and returns at once. The caller's thread must outlive the guest.
+    pub fn spawn(self) -> Result<Running> {
+        let vmm = self.vmm;
+        self.try_spawn().with_context(|| format!("Cannot start a guest in {vmm}"))
+    }
+
+    fn try_spawn(self) -> Result<Running> {
+        let scratch = TempDir::with_prefix("guest-").context("Cannot make a temporary folder")?;
+        let (command, initramfs) = match self.vmm {
+            Vmm::Qemu => {
+                let kernel = provision::kernel()?;
+                let initramfs = initramfs_of(&self, &kernel.modules)?;
+                (qemu::command(&self, &kernel, initramfs.path())?, initramfs)
+            }
+            Vmm::Uml => {
+                let uml = provision::uml()?;
+                let initramfs = initramfs_of(&self, &uml.modules)?;
+                (uml::command(&self, &uml, initramfs.path(), scratch.path())?, initramfs)
+            }
+        };
+        Running::start(self.vmm, command, self.timeout, (initramfs, scratch))
+    }
+}
+
+/// Writes the root file system of `guest`.
+fn initramfs_of(guest: &Guest, modules: &Modules) -> Result<NamedTempFile> {
+    let mut archive = Initramfs::new()?;
+    archive.busybox(&provision::busybox()?)?;
+    for name in &guest.programs {
+        archive.program(&provision::program(name)?)?;
+    }
+    let mut names: Vec<&str> = guest.devices.iter().map(Device::module).collect();
+    names.extend(guest.modules.iter().map(String::as_str));
+    archive.modules(&modules.in_load_order(names)?)?;
+    let limit = (guest.timeout + WATCHDOG_GRACE).as_secs();
+    let mut settings = format!("export CHANNEL={} LIMIT={limit}\n", guest.vmm.channel());
+    for name in guest.programs.iter().filter(|name| is_shell_name(name)) {
+        // Busybox prefers its own command of that name to the path.
+        settings.extend([name, "() { /usr/bin/", name, " \"$@\"; }\n"]);
+    }
+    archive.file("init", 0o755, include_bytes!("init.sh"))?;
+    archive.file("guest/settings", 0o644, settings.as_bytes())?;
+    archive.file("guest/functions.sh", 0o644, include_bytes!("functions.sh"))?;
+    archive.file("guest/shellrc", 0o644, include_bytes!("shellrc"))?;
+    archive.file("guest/script", 0o644, guest.script.as_bytes())?;
+    for (path, content) in &guest.files {
+        archive.file(path, 0o755, content)?;
+    }
+    let mut file = NamedTempFile::with_prefix("initramfs-").context("Cannot make a temporary file")?;
+    file.write_all(&archive.finish()?).context("Cannot write the guest's root file system")?;
+    Ok(file)
+}
+
+/// Whether a shell function can have this name.
+fn is_shell_name(name: &str) -> bool {
+    name.starts_with(|c: char| c.is_ascii_alphabetic())
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
+}

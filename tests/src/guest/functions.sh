@@ -1,0 +1,38 @@
+# What a guest's script can call.
+
+# report KEY VALUE: gives the host a value; it may have several lines.
+report() { printf '\036report %s %s\036\n' "$1" "$2" >&3; }
+
+# announce TEXT: tells a host that waits for it that the script has come this far.
+announce() { printf '\036announce %s\036\n' "$*" >&3; }
+
+# await TEXT: waits until the host has sent the line TEXT.
+await() {
+    while read -r line; do
+        [ "$line" = "$*" ] && return
+    done
+    echo "The host went away" >&2
+    return 1
+}
+
+# wait_path PATH: waits up to ten seconds for a path to exist, such as a device's node.
+wait_path() {
+    { set +x; } 2>/dev/null
+    tries=0
+    until [ -e "$1" ] || [ "$tries" -ge 100 ]; do
+        tries=$((tries + 1))
+        sleep 0.1
+    done
+    [ -e "$1" ] || echo "There is no $1" >&2
+    set -x
+    [ -e "$1" ]
+}
+
+# shell: hands the channel to a person until they leave the shell.
+shell() {
+    stty -F "$CHANNEL" sane
+    ENV=/guest/shellrc setsid -c sh -i <"$CHANNEL" >"$CHANNEL" 2>&1 || true
+    # The end of a session hangs its terminal up for everybody who has it open.
+    stty -F "$CHANNEL" raw -echo
+    exec <"$CHANNEL" 3>"$CHANNEL" >&3
+}

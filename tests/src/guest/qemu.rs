@@ -1,0 +1,122 @@
+//! A guest in QEMU: a q35 machine with virtio-pci devices and a stock Debian kernel.
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use super::{Device, Guest, Vmm, initramfs_of};
+use crate::process::Process;
+use crate::provision::{self, Kernel, Qemu};
+
+/// A kernel that KVM runs boots in a second or two.
+const PROBE_LIMIT: Duration = Duration::from_secs(10);
+
+/// The command that runs `guest`. Its channel is standard input and output, its console standard error.
+pub(super) fn command(guest: &Guest, kernel: &Kernel, initramfs: &Path) -> Result<Command> {
+    let qemu = provision::qemu()?;
+    let accelerator = accelerator(&qemu, kernel)?;
+    let mut command = machine(guest, &qemu, kernel, initramfs, &accelerator);
+    for (index, device) in guest.devices.iter().enumerate() {
+        match device {
+            Device::Blk { socket, options } => {
+                let id = format!("device{index}");
+                let socket =
+                    socket.to_str().with_context(|| format!("QEMU cannot use {}", socket.display()))?;
+                let reconnect =
+                    options.reconnect.map(|interval| format!(",reconnect-ms={}", interval.as_millis()));
+                let reconnect = reconnect.unwrap_or_default();
+                command.arg("-chardev").arg(format!("socket,id={id},path={}{reconnect}", escape(socket)));
+                let queues = options.num_queues;
+                command.arg("-device").arg(format!("vhost-user-blk-pci,chardev={id},num-queues={queues}"));
+            }
+        }
+    }
+    Ok(command)
+}
+
+fn machine(guest: &Guest, qemu: &Qemu, kernel: &Kernel, initramfs: &Path, accelerator: &str) -> Command {
+    let mut command = qemu.system();
+    let memory = guest.memory_mib;
+    // The daemons map the guest's memory, so it is shared. No default devices: they would need ROMs.
+    command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+    command.args(["-M", "q35,memory-backend=memory", "-cpu", "max", "-accel", accelerator]);
+    command.arg("-object").arg(format!("memory-backend-memfd,id=memory,size={memory}M,share=on"));
+    command.arg("-m").arg(format!("{memory}M")).arg("-smp").arg(guest.cpus.to_string());
+    // Should this process be killed, the guest goes with it.
+    command.args(["-run-with", "exit-with-parent=on"]);
+    command.args(["-chardev", "file,id=console,path=/proc/self/fd/2", "-serial", "chardev:console"]);
+    command.args(["-chardev", "stdio,id=channel,signal=off", "-serial", "chardev:channel"]);
+    command.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(initramfs);
+    // Without `no_timer_check` a busy host makes the kernel give up on its timer.
+    command.arg("-append").arg(
+        "console=ttyS0 quiet loglevel=4 panic=-1 oops=panic mitigations=off nokaslr no_timer_check \
+         random.trust_cpu=on",
+    );
+    command
+}
+
+/// In QEMU's options a comma ends a value unless it is doubled.
+fn escape(value: &str) -> String {
+    value.replace(',', ",,")
+}
+
+/// The accelerator that `VHOST_USER_TEST_ACCEL` names, else KVM where it really runs the kernel, else emulation.
+fn accelerator(qemu: &Qemu, kernel: &Kernel) -> Result<String> {
+    const TCG: &str = "tcg,thread=multi";
+    match std::env::var("VHOST_USER_TEST_ACCEL").as_deref() {
+        Ok("kvm") => return Ok("kvm".to_owned()),
+        Ok("tcg") => return Ok(TCG.to_owned()),
+        Ok("") | Err(_) => {}
+        Ok(other) => bail!("VHOST_USER_TEST_ACCEL is {other}; it can be kvm or tcg"),
+    }
+    if std::fs::File::options().read(true).write(true).open("/dev/kvm").is_err() {
+        return Ok(TCG.to_owned());
+    }
+    // A device /dev/kvm proves little: a nested one may not know an instruction that the kernel uses.
+    let answer = provision::remember("kvm-probe", &host_key(kernel), || {
+        provision::progress("finding out whether KVM runs guests here");
+        Ok(if kvm_runs(qemu, kernel)? { "kvm" } else { TCG }.to_owned())
+    })?;
+    Ok(answer)
+}
+
+/// What the answer to "does KVM work" depends on.
+fn host_key(kernel: &Kernel) -> String {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let cpu = read("/proc/cpuinfo").lines().find(|line| line.starts_with("model name")).map(str::to_owned);
+    let release = read("/proc/sys/kernel/osrelease");
+    format!("{release}{}{}", cpu.unwrap_or_default(), kernel.image.display())
+}
+
+fn kvm_runs(qemu: &Qemu, kernel: &Kernel) -> Result<bool> {
+    let guest = Guest::new(Vmm::Qemu).script("true");
+    let initramfs = initramfs_of(&guest, &kernel.modules)?;
+    let mut command = machine(&guest, qemu, kernel, initramfs.path(), "kvm");
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let process = Process::spawn(command).context("Cannot start QEMU")?;
+    let deadline = Instant::now() + PROBE_LIMIT;
+    let up = |bytes: &[u8]| super::transcript::Transcript::parse(bytes).up.then_some(());
+    while Instant::now() < deadline {
+        let look_again = deadline.min(Instant::now() + Duration::from_millis(200));
+        if process.stdout().wait_until(look_again, up).is_some() {
+            return Ok(true);
+        }
+        // After an error inside KVM, QEMU stops the guest and stays.
+        let complaint = process.stderr().text();
+        if complaint.contains("KVM internal error") || process.stdout().is_closed() {
+            return Ok(false);
+        }
+    }
+    Ok(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commas_are_doubled() {
+        assert_eq!(escape("/tmp/a,b"), "/tmp/a,,b");
+    }
+}

@@ -1,0 +1,124 @@
+//! Which Debian packages the guests come from: the one place to change a suite, a version or to add a program.
+
+/// The stable release. Everything is taken from here unless a row says why not.
+const STABLE: &str = "trixie";
+/// Newer versions built for the stable release, so their libraries are still those of [`STABLE`].
+const BACKPORTS: &str = "trixie-backports";
+
+/// All suites of the table; the private apt instance knows no others.
+pub(super) const SUITES: [&str; 2] = [STABLE, BACKPORTS];
+
+/// Something that is fetched, unpacked and cached as a whole.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Component {
+    /// Its folder in the cache, and its name in messages.
+    pub(super) name: &'static str,
+    pub(super) suite: &'static str,
+    /// Fetched with everything that they depend on.
+    pub(super) packages: &'static [&'static str],
+    /// Fetched alone: self-contained, or with dependencies that are known to be unneeded here.
+    pub(super) bare: &'static [&'static str],
+    /// A package that carries a version in its name, fetched alone: the one that the first package depends on and
+    /// whose name begins with the second word.
+    pub(super) current: Option<(&'static str, &'static str)>,
+    /// The oldest version that will do: a package's name and a Debian version.
+    pub(super) minimum: Option<(&'static str, &'static str)>,
+    /// Programs to keep, with the shared libraries that they load.
+    pub(super) programs: &'static [&'static str],
+    /// Shared objects to keep that programs load by name, relative to the library folder.
+    pub(super) plugins: &'static [&'static str],
+    /// Other files to keep, relative to the root.
+    pub(super) files: &'static [&'static str],
+}
+
+/// What most rows leave empty.
+const PLAIN: Component = Component {
+    name: "",
+    suite: STABLE,
+    packages: &[],
+    bare: &[],
+    current: None,
+    minimum: None,
+    programs: &[],
+    plugins: &[],
+    files: &[],
+};
+
+/// QEMU 11.1 is the first whose generic device (`vhost-user-test-device-pci`) can be created by a user, and stable
+/// has 10.0. qemu-img and qemu-io come along as reference front ends (`driver=virtio-blk-vhost-user`); the other
+/// block drivers of qemu-block-extra would pull in a whole Ceph.
+pub(super) const QEMU: Component = Component {
+    name: "qemu",
+    suite: BACKPORTS,
+    packages: &["qemu-system-x86"],
+    bare: &["qemu-utils", "qemu-block-extra", "libblkio1"],
+    current: None,
+    minimum: Some(("qemu-system-x86", "1:11.1")),
+    programs: &["qemu-system-x86_64", "qemu-img", "qemu-io"],
+    plugins: &["qemu/block-blkio.so"],
+    files: &[
+        "usr/share/qemu/kvmvapic.bin",
+        "usr/share/qemu/linuxboot_dma.bin",
+        "usr/share/qemu/multiboot_dma.bin",
+        "usr/share/qemu/pvh.bin",
+        "usr/share/seabios/bios-256k.bin",
+        "usr/share/seabios/bios.bin",
+    ],
+};
+
+/// The generic kernel: Debian's cloud kernels have no 9p.
+pub(super) const KERNEL: Component = Component {
+    name: "kernel",
+    bare: &["linux-image-amd64"],
+    current: Some(("linux-image-amd64", "linux-image-")),
+    minimum: Some(("linux-image-amd64", "6.12")),
+    ..PLAIN
+};
+
+/// The modules that the QEMU guest's kernel is kept with, besides those that they depend on.
+pub(super) const KERNEL_MODULES: [&str; 8] = [
+    "9p",
+    "9pnet_virtio",
+    "crc32c_generic",
+    "ext4",
+    "virtio_balloon",
+    "virtio_blk",
+    "virtio_mmio",
+    "virtio_net",
+];
+
+/// User Mode Linux of the stable release, the same kernel series as the QEMU guest's.
+///
+/// It needs a newer C library than older hosts have, and it starts `/proc/self/exe` again, so calling the unpacked
+/// loader by hand does not work: patchelf writes the cached loader's path into the program.
+///
+/// The alternatives were measured: the one of bookworm (6.1) runs unpatched on that release, but takes twice as
+/// long for a fork and exec and knows one queue per vhost-user device; the 7.2 of the testing suite is 2.5 times
+/// faster at it (seccomp instead of ptrace), which a test of a few dozen commands does not notice, and its version
+/// changes under the tests every few weeks.
+pub(super) const UML: Component = Component {
+    name: "uml",
+    packages: &["user-mode-linux", "patchelf"],
+    minimum: Some(("user-mode-linux", "6.12")),
+    programs: &["linux.uml", "patchelf"],
+    ..PLAIN
+};
+
+/// The modules that User Mode Linux is kept with. It has the virtio transport and ext4 built in, and no 9p over
+/// virtio at all.
+pub(super) const UML_MODULES: [&str; 4] = ["9p", "virtio_balloon", "virtio_blk", "virtio_net"];
+
+/// The guests' shell and tools.
+pub(super) const BUSYBOX: Component =
+    Component { name: "busybox", bare: &["busybox-static"], programs: &["busybox"], ..PLAIN };
+
+/// Programs for guests that busybox has not, or not good enough. A new row is all that a new program needs.
+pub(super) const PROGRAMS: [Component; 2] = [
+    Component {
+        name: "e2fsprogs",
+        packages: &["e2fsprogs"],
+        programs: &["mke2fs", "e2fsck", "dumpe2fs", "debugfs"],
+        ..PLAIN
+    },
+    Component { name: "fdisk", packages: &["fdisk"], programs: &["sfdisk"], ..PLAIN },
+];
