@@ -112,6 +112,11 @@ impl<J: Job> Engine<J> {
         }
     }
 
+    /// Whether most requests can be expected to be done as soon as they are submitted.
+    pub fn is_cached(&self) -> bool {
+        self.image.direct.is_none()
+    }
+
     /// Hands what was started to the kernel.
     pub fn submit(&mut self) {
         if let Some(uring) = &mut self.uring {
