@@ -59,12 +59,12 @@ pub struct BlkConfig {
 
 impl BlkConfig {
     /// What a driver is told about `image`.
-    pub fn new(image: &Image, num_queues: u16, writeback: bool) -> Self {
+    pub fn new(image: &Image, num_queues: u16, queue_size: u16, writeback: bool) -> Self {
         let block = image.logical_block_size();
         let physical_blocks = image.physical_block_size() / block;
         let mut config = Self {
             capacity: (image.size() / SECTOR).into(),
-            seg_max: SEG_MAX.into(),
+            seg_max: SEG_MAX.min(u32::from(queue_size.saturating_sub(2))).max(1).into(),
             blk_size: block.into(),
             physical_block_exp: physical_blocks.trailing_zeros() as u8,
             min_io_size: (physical_blocks as u16).into(),

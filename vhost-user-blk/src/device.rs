@@ -83,7 +83,12 @@ impl Disk {
     }
 
     fn config(&self) -> BlkConfig {
-        BlkConfig::new(&self.image, self.options.num_queues, self.writeback.load(Ordering::Relaxed))
+        BlkConfig::new(
+            &self.image,
+            self.options.num_queues,
+            self.options.queue_size,
+            !self.is_write_through(),
+        )
     }
 }
 
@@ -133,7 +138,9 @@ impl Device for Disk {
     }
 
     fn reset(&self) {
-        self.writeback.store(self.options.writeback, Ordering::Relaxed);
+        // A cache that the driver switched off stays off: QEMU resets the device at every reboot, and does not say again
+        // what it has told the driver.
+        self.writeback.fetch_and(self.options.writeback, Ordering::Relaxed);
         self.flushes.store(true, Ordering::Relaxed);
     }
 

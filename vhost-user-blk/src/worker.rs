@@ -52,12 +52,15 @@ enum Step {
     Execute(Request),
     /// Answer with this status.
     Finish(Status),
-    /// There is no place for a status: give it back as it is.
+    /// It is no request: give it back, with a status if there is a place for it.
     #[default]
     Return,
 }
 
-impl Job for Box<Task> {
+// SAFETY: the iovecs and ranges are on the heap and not touched before the engine gives the task back; the chain holds the
+// memory map that its iovecs point into.
+#[expect(unsafe_code, reason = "a promise about pointers")]
+unsafe impl Job for Box<Task> {
     fn operation(&self) -> Operation<'_> {
         let durable = self.durable;
         match self.step {
@@ -142,12 +145,15 @@ impl BlkWorker {
         let durable = self.disk.is_write_through();
         while room > 0 {
             let mut task = self.spare.pop().unwrap_or_default();
-            if !batch.pop(&mut task.chain) {
-                self.spare.push(task);
-                return;
-            }
+            task.step = match batch.pop(&mut task.chain) {
+                None => {
+                    self.spare.push(task);
+                    return;
+                }
+                Some(Ok(())) => task.parse(&self.limits),
+                Some(Err(_)) => Step::Return,
+            };
             task.durable = durable;
-            task.step = task.parse(&self.limits);
             self.popped.push(task);
             room -= 1;
         }
@@ -160,7 +166,11 @@ impl BlkWorker {
         let mut moved = 0;
         for task in popped.drain(..) {
             match task.step {
-                Step::Return => self.give_back(task, 0, ring),
+                Step::Return => {
+                    // A driver that does not look at the used length may have an old status there.
+                    task.chain.write_last_byte(Status::IoError as u8, ring.dirty_log());
+                    self.give_back(task, 0, ring);
+                }
                 Step::Finish(status) => self.finish(task, status, 0, ring),
                 Step::Execute(Request::GetId) => {
                     let written = task.chain.write(self.disk.serial());
@@ -204,6 +214,8 @@ impl BlkWorker {
             }
             Err(error) => {
                 warn_limited!("{} failed: {error}", Description(&task));
+                // Some of it may have been read.
+                task.chain.log_written(task.data_len(), ring.dirty_log());
                 self.finish(task, Status::IoError, 0, ring);
             }
         }
@@ -228,6 +240,7 @@ impl BlkWorker {
 impl Worker for BlkWorker {
     fn pass(&mut self, ring: &mut Ring) -> Progress {
         let reaped = self.reap(ring);
+        let full = self.engine.in_flight() >= self.depth;
         self.pop(ring);
         let popped = !self.popped.is_empty();
         if popped {
@@ -240,7 +253,11 @@ impl Worker for BlkWorker {
                 self.reap(ring);
             }
         }
-        if reaped || popped { Progress::Busy } else { Progress::Idle }
+        match (reaped || popped, full) {
+            (true, _) => Progress::Busy,
+            (false, true) => Progress::Full,
+            (false, false) => Progress::Idle,
+        }
     }
 
     fn in_flight(&self) -> usize {

@@ -3,8 +3,8 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::VhostUserBackend;
@@ -18,7 +18,7 @@ use crate::memory::SharedMemory;
 use crate::ring::Ring;
 use crate::vring::Vring;
 
-/// How long one wait for requests in flight lasts before the deadline is looked at again.
+/// How long one wait for requests in flight lasts before the worker looks whether it is to stop.
 const WAIT_SLICE: Duration = Duration::from_millis(100);
 
 /// The back end of one connection.
@@ -29,6 +29,8 @@ pub(crate) struct Backend<D: Device> {
     /// Set once, at the end of the connection: nothing is popped any more.
     stopped: Arc<AtomicBool>,
     queues: Vec<Mutex<Queue<D::Worker>>>,
+    /// The rings that were looked at so far.
+    vrings: Vec<OnceLock<Vring>>,
     exit_events: Mutex<Vec<RawFd>>,
 }
 
@@ -39,24 +41,15 @@ struct Queue<W> {
 }
 
 impl<W: Worker> Queue<W> {
-    fn pass(&mut self) -> Progress {
-        let Some(ring) = &mut self.ring else {
-            return Progress::Idle;
-        };
-        let progress = self.worker.pass(ring);
-        ring.publish();
-        progress
-    }
-
-    /// Completes all that is in flight; `false` if `deadline` came first.
-    fn drain(&mut self, deadline: Option<Instant>) -> bool {
+    /// Completes all that is in flight, and leaves the ring as one that another back end can take over.
+    fn drain(&mut self) {
+        let Some(ring) = &mut self.ring else { return };
         loop {
-            self.pass();
+            self.worker.pass(ring);
+            ring.publish();
             if self.worker.in_flight() == 0 {
-                return true;
-            }
-            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-                return false;
+                ring.release();
+                return;
             }
             self.worker.wait(WAIT_SLICE, None);
         }
@@ -67,17 +60,27 @@ impl<D: Device> Backend<D> {
     /// The back end for a new connection of `device`, with a fresh worker for each queue.
     pub fn new(device: Arc<D>, memory: SharedMemory, log: Arc<DirtyLog>) -> io::Result<Self> {
         device.reset();
-        let queues = (0..device.num_queues())
+        let queues: Vec<_> = (0..device.num_queues())
             .map(|index| Ok(Mutex::new(Queue { worker: device.new_worker(index)?, ring: None })))
             .collect::<io::Result<_>>()?;
-        Ok(Self { device, memory, log, stopped: Arc::default(), queues, exit_events: Mutex::default() })
+        let vrings = (0..queues.len()).map(|_| OnceLock::new()).collect();
+        Ok(Self {
+            device,
+            memory,
+            log,
+            stopped: Arc::default(),
+            queues,
+            vrings,
+            exit_events: Mutex::default(),
+        })
     }
 
-    /// Pops nothing more, and completes what is in flight; `false` if something is left at the deadline.
-    pub fn stop(&self, deadline: Option<Instant>) -> bool {
+    /// Pops nothing more, and completes what is in flight, however long it takes.
+    pub fn stop(&self) {
         self.stopped.store(true, Ordering::SeqCst);
-        // All queues, also when the first is late.
-        (0..self.queues.len()).filter(|index| !self.queue(*index).drain(deadline)).count() == 0
+        for index in 0..self.queues.len() {
+            self.queue(index).drain();
+        }
     }
 
     /// The eventfds whose ownership `vhost-user-backend` dropped: it registers the raw number and never closes it.
@@ -119,7 +122,7 @@ impl<D: Device> VhostUserBackend for Backend<D> {
     // The rings are disabled already; what is in flight must not reach the guest after the answer.
     fn reset_device(&self) {
         for index in 0..self.queues.len() {
-            self.queue(index).drain(None);
+            self.queue(index).drain();
         }
         self.device.reset();
     }
@@ -127,8 +130,10 @@ impl<D: Device> VhostUserBackend for Backend<D> {
     // The event index is read from the queue itself.
     fn set_event_idx(&self, _enabled: bool) {}
 
-    // Rings look at the memory map whenever they pop, and requests in flight hold the one that they started with.
+    /// Rings look at the memory map whenever they pop, and requests in flight hold the one that they started with. But a
+    /// worker that found its ring gone, as a region was exchanged, has to look again.
     fn update_memory(&self, _memory: SharedMemory) -> io::Result<()> {
+        self.vrings.iter().filter_map(OnceLock::get).for_each(Vring::wake);
         Ok(())
     }
 
@@ -137,8 +142,8 @@ impl<D: Device> VhostUserBackend for Backend<D> {
     }
 
     fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
-        // Without an exit event the threads of this connection would never end. Out of file descriptors is the only
-        // way to fail, and then the epoll descriptor made just before could not exist either.
+        // Without an exit event the thread would never end. Out of file descriptors is the only way to fail, and then
+        // the crate fails as well, which needs two more for this thread.
         let (consumer, notifier) =
             new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC).ok()?;
         self.exit_events.lock().unwrap_or_else(PoisonError::into_inner).push(consumer.as_raw_fd());
@@ -147,7 +152,7 @@ impl<D: Device> VhostUserBackend for Backend<D> {
 
     fn stop_vring(&self, queue: u32) -> io::Result<()> {
         // GET_VRING_BASE is answered when nothing is in flight: there is no deadline, as the answer would be wrong.
-        self.queue(queue as usize).drain(None);
+        self.queue(queue as usize).drain();
         Ok(())
     }
 
@@ -164,6 +169,7 @@ impl<D: Device> VhostUserBackend for Backend<D> {
         if queue.ring.is_none()
             && let Some(vring) = vrings.first()
         {
+            self.vrings[thread].get_or_init(|| vring.clone());
             queue.ring = Some(Ring::new(
                 thread,
                 vring.clone(),
@@ -177,10 +183,12 @@ impl<D: Device> VhostUserBackend for Backend<D> {
         loop {
             let progress = worker.pass(ring);
             ring.publish();
-            if progress == Progress::Busy {
-                continue;
-            }
-            if !ring.enable_notifications() {
+            let look_again = match progress {
+                Progress::Busy => continue,
+                Progress::Idle => ring.enable_notifications(),
+                Progress::Full => false,
+            };
+            if !look_again {
                 // At the end of the connection whoever stops the queue does the waiting.
                 if worker.in_flight() == 0 || self.stopped.load(Ordering::SeqCst) {
                     return Ok(());

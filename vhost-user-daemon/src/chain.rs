@@ -121,7 +121,8 @@ impl Descriptor {
 }
 
 impl Chain {
-    /// Reads the chain that starts at descriptor `head` of a table of `size` descriptors at `table`.
+    /// Reads the chain that starts at descriptor `head` of a table of `size` descriptors at `table`. If it cannot be
+    /// followed, only its last byte is kept, if that can be found.
     ///
     /// # Safety
     /// `table` must point to `size` descriptors inside `memory`.
@@ -136,10 +137,12 @@ impl Chain {
         self.head = head;
         // SAFETY: as promised by the caller.
         let result = unsafe { self.walk(memory, table, u32::from(size), head, false, &mut 0) };
-        match result {
-            Ok(()) => self.memory = Some(Arc::clone(memory)),
-            Err(_) => self.clear(),
+        if result.is_err() {
+            self.clear();
+            // SAFETY: as promised by the caller.
+            self.last_byte = unsafe { last_byte(memory, table, u32::from(size), head, false) };
         }
+        self.memory = Some(Arc::clone(memory));
         result
     }
 
@@ -309,7 +312,8 @@ impl Chain {
         Ok(())
     }
 
-    /// Writes the byte that [`Chain::take_last_byte`] took off, and marks it dirty. `false` if none was taken.
+    /// Writes the byte that [`Chain::take_last_byte`] took off, or the last one of a chain that could not be followed,
+    /// and marks it dirty. `false` if there is none.
     pub fn write_last_byte(&self, value: u8, log: &DirtyLog) -> bool {
         let (Some(memory), Some(ptr)) = (&self.memory, self.last_byte) else {
             return false;
@@ -328,6 +332,40 @@ impl Chain {
             log.mark_iovecs(memory, self.writable(), written);
         }
     }
+}
+
+/// The last byte of a chain that is broken somewhere before, if the chain ends with a device-writable buffer.
+///
+/// # Safety
+/// `table` must point to `size` descriptors inside `memory`.
+unsafe fn last_byte(
+    memory: &Memory,
+    table: *const u8,
+    size: u32,
+    head: u16,
+    indirect: bool,
+) -> Option<*mut u8> {
+    let mut index = head;
+    // Longer than the table is a circle.
+    for _ in 0..size {
+        if u32::from(index) >= size {
+            return None;
+        }
+        // SAFETY: index < size, and the caller promises a table of that size.
+        let descriptor = unsafe { Descriptor::read(table, index) };
+        if descriptor.has(VRING_DESC_F_INDIRECT) {
+            let count = (descriptor.len as usize / DESCRIPTOR_SIZE).min(usize::from(u16::MAX) + 1);
+            let table = host_ptr(memory, descriptor.addr, count * DESCRIPTOR_SIZE)?;
+            // SAFETY: `host_ptr` found `count` whole descriptors in one region of `memory`.
+            return if indirect { None } else { unsafe { last_byte(memory, table, count as u32, 0, true) } };
+        }
+        if !descriptor.has(VRING_DESC_F_NEXT) {
+            let last = descriptor.addr.checked_add(u64::from(descriptor.len.checked_sub(1)?))?;
+            return if descriptor.has(VRING_DESC_F_WRITE) { host_ptr(memory, last, 1) } else { None };
+        }
+        index = descriptor.next;
+    }
+    None
 }
 
 /// Bytes in all of `iovecs`. A chain has at most 4 GiB.

@@ -76,4 +76,6 @@ pub enum Progress {
     Busy,
     /// There was nothing to do.
     Idle,
+    /// There may be chains in the ring, but what is in flight has to be completed first.
+    Full,
 }

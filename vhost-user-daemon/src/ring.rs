@@ -12,9 +12,9 @@ use std::sync::atomic::{AtomicBool, AtomicU16, Ordering, fence};
 
 use vhost_user_backend::{VringState, VringT};
 use virtio_bindings::bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
-use virtio_queue::QueueT;
+use virtio_queue::{Queue, QueueT};
 
-use crate::chain::{Chain, DESCRIPTOR_SIZE};
+use crate::chain::{Chain, ChainError, DESCRIPTOR_SIZE};
 use crate::dirty::DirtyLog;
 use crate::memory::{Memory, SharedMemory, host_ptr, snapshot};
 use crate::vring::Vring;
@@ -72,11 +72,8 @@ impl Ring {
             return None;
         }
         let memory = snapshot(&self.memory);
-        let Some(layout) = Layout::resolve(&memory, &state) else {
-            drop(state);
-            self.break_ring("its rings lie outside guest memory");
-            return None;
-        };
+        // The front end may be exchanging a region; the worker is woken when the memory map is whole again.
+        let layout = Layout::resolve(&memory, &state)?;
         let next_avail = state.get_queue().next_avail();
         let available = layout.avail_idx().wrapping_sub(next_avail);
         if available > layout.size {
@@ -84,7 +81,7 @@ impl Ring {
             self.break_ring("the available index jumped by more than the queue size");
             return None;
         }
-        Some(Batch { index: self.index, state, memory, layout, available, used: &mut self.used })
+        Some(Batch { index: self.index, state, memory, layout, available })
     }
 
     /// Notes that the chain starting at `head` is done, with `len` bytes written from the front of its device-writable
@@ -100,10 +97,8 @@ impl Ring {
         }
         let mut state = self.vring.get_mut();
         let memory = snapshot(&self.memory);
-        let Some(layout) = Layout::resolve(&memory, &state) else {
-            self.used.clear();
-            return;
-        };
+        // Kept for later while the front end exchanges a region.
+        let Some(layout) = Layout::resolve(&memory, &state) else { return };
         let old = state.get_queue().next_used();
         let mut next = old;
         for element in self.used.drain(..) {
@@ -126,6 +121,15 @@ impl Ring {
         if notify && let Some(call) = state.get_call() {
             // Fails when the other end is full or gone. Full means that a notification is pending already.
             let _ = call.notify();
+        }
+    }
+
+    /// Leaves the ring as one that wants every kick: another back end may take it over. Also while it is stopped.
+    pub(crate) fn release(&mut self) {
+        let state = self.vring.get_mut();
+        let memory = snapshot(&self.memory);
+        if let Some(layout) = Layout::resolve(&memory, &state) {
+            self.write_notifications(state.get_queue(), &layout, true);
         }
     }
 
@@ -153,20 +157,23 @@ impl Ring {
         let Some(layout) = Layout::resolve(&memory, &state) else {
             return false;
         };
-        if queue.event_idx_enabled() {
-            // With event indices the driver kicks once per index that we show, so there is nothing to switch off.
-            if !enable {
-                return false;
-            }
+        self.write_notifications(queue, &layout, enable);
+        fence(Ordering::SeqCst);
+        enable && layout.avail_idx() != queue.next_avail()
+    }
+
+    fn write_notifications(&self, queue: &Queue, layout: &Layout, enable: bool) {
+        if !queue.event_idx_enabled() {
+            layout.set_used_flags(if enable { 0 } else { VRING_USED_F_NO_NOTIFY as u16 });
+        } else if enable {
             layout.set_avail_event(queue.next_avail());
         } else {
-            layout.set_used_flags(if enable { 0 } else { VRING_USED_F_NO_NOTIFY as u16 });
+            // With event indices the driver kicks once per index that we show, so there is nothing to switch off.
+            return;
         }
         if self.log.is_enabled() {
             self.log.mark(queue.used_ring(), layout.used_len() as u64);
         }
-        fence(Ordering::SeqCst);
-        enable && layout.avail_idx() != queue.next_avail()
     }
 
     fn break_ring(&self, why: &str) {
@@ -183,14 +190,14 @@ pub struct Batch<'a> {
     layout: Layout,
     /// Chains that the guest had made available when the batch began.
     available: u16,
-    used: &'a mut Vec<UsedElement>,
 }
 
 impl Batch<'_> {
-    /// Pops the next chain into `chain`; `false` when there is none.
+    /// Pops the next chain into `chain`; `None` when there is none.
     ///
-    /// A chain that cannot be followed is completed here, with a used length of 0.
-    pub fn pop(&mut self, chain: &mut Chain) -> bool {
+    /// A chain that cannot be followed is popped as well, and has to be completed like any other. It has no buffers,
+    /// but [`Chain::write_last_byte`] works if its last byte could be found.
+    pub fn pop(&mut self, chain: &mut Chain) -> Option<Result<(), ChainError>> {
         while self.available > 0 {
             self.available -= 1;
             let queue = self.state.get_queue_mut();
@@ -198,18 +205,17 @@ impl Batch<'_> {
             let head = self.layout.avail_entry(next_avail);
             queue.set_next_avail(next_avail.wrapping_add(1));
             // SAFETY: `resolve` found the whole table of `size` descriptors in this memory map.
-            match unsafe { chain.fill(&self.memory, self.layout.table, self.layout.size, head) } {
-                Ok(()) => return true,
-                Err(error) => {
-                    warn_limited!("Chain {head} of queue {} is refused: {error}", self.index);
-                    // A head that is no descriptor has no place in the used ring: the driver would not know it.
-                    if head < self.layout.size {
-                        self.used.push(UsedElement { head, len: 0 });
-                    }
+            let result = unsafe { chain.fill(&self.memory, self.layout.table, self.layout.size, head) };
+            if let Err(error) = &result {
+                warn_limited!("Chain {head} of queue {} is refused: {error}", self.index);
+                // A head that is no descriptor has no place in the used ring: the driver would not know it.
+                if head >= self.layout.size {
+                    continue;
                 }
             }
+            return Some(result);
         }
-        false
+        None
     }
 }
 

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use log::{error, info, warn};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use thiserror::Error;
@@ -38,8 +39,11 @@ pub enum ServeError {
     /// Waiting for the socket or a signal failed.
     #[error("Waiting for a front end failed")]
     Wait(#[source] io::Error),
-    /// The only connection, which was inherited, cannot be served.
-    #[error("The connection that was handed over cannot be served")]
+    /// There are not enough threads, files or memory for a connection. What the stock crates had begun stays, so there
+    /// is no going on.
+    #[error(
+        "A connection cannot be served: raise the limits of the process (ulimit -n, -u), or lower --num-queues"
+    )]
     Connection(#[source] io::Error),
 }
 
@@ -63,25 +67,25 @@ pub fn serve<D: Device>(
     socket: &Socket,
     options: ServeOptions,
 ) -> Result<(), ServeError> {
+    raise_file_limit();
     let signals = Signals::install().map_err(ServeError::Signals)?;
     notify_supervisor(NotifyState::Ready);
+    let serve_one = |stream: UnixStream| {
+        let connection = Connection::start(device, notifier, stream).map_err(ServeError::Connection)?;
+        serve_connection(connection, &signals).map_err(ServeError::Wait)
+    };
     match socket {
         Socket::Connected(stream) => {
-            let stream = stream.try_clone().map_err(ServeError::Connection)?;
-            let connection = Connection::start(device, notifier, stream).map_err(ServeError::Connection)?;
-            serve_connection(connection, &signals).map_err(ServeError::Wait)?;
+            serve_one(stream.try_clone().map_err(ServeError::Connection)?)?;
             Ok(())
         }
         Socket::Listening(listener) => loop {
             if wait(&[signals.as_fd(), listener.as_fd()]).map_err(ServeError::Wait)? == 0 {
                 return Ok(());
             }
-            let connection =
-                listener.accept().and_then(|(stream, _)| Connection::start(device, notifier, stream));
-            match connection {
-                Ok(connection) => {
-                    let ended = serve_connection(connection, &signals).map_err(ServeError::Wait)?;
-                    if ended == Ended::Signal || options.exit_on_disconnect {
+            match listener.accept() {
+                Ok((stream, _)) => {
+                    if serve_one(stream)? == Ended::Signal || options.exit_on_disconnect {
                         return Ok(());
                     }
                 }
@@ -91,7 +95,7 @@ pub fn serve<D: Device>(
                         io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted
                     ) => {}
                 Err(error) => {
-                    error!("Front end cannot be served: {error}");
+                    error!("A front end cannot be accepted: {error}");
                     thread::sleep(ACCEPT_RETRY);
                 }
             }
@@ -115,19 +119,16 @@ fn serve_connection<D: Device>(connection: Connection<D>, signals: &Signals) -> 
     if ended == Ended::Signal {
         info!("Asked to end: completing what is in flight");
         notify_supervisor(NotifyState::Stopping);
-        end_late();
     }
-    connection.close(signals);
+    connection.close();
     Ok(ended)
 }
 
-/// Ends the process if the requests in flight do not finish in time, say because the storage hangs.
-fn end_late() {
-    thread::spawn(|| {
-        thread::sleep(DRAIN_TIMEOUT);
-        error!("Requests in flight did not finish within {} seconds", DRAIN_TIMEOUT.as_secs());
-        std::process::exit(1);
-    });
+/// Lets the process open as many files as it may: each connection takes about six for a queue.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    // The old limit does for most, and what does not fit fails with an error of its own.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
 }
 
 fn notify_supervisor(state: NotifyState<'_>) {
@@ -141,17 +142,22 @@ fn notify_supervisor(state: NotifyState<'_>) {
 struct Signals(UnixStream);
 
 impl Signals {
+    /// Catches the signals, and starts the thread that ends the process if it has not ended some time after: no matter
+    /// which other thread hangs, and in what.
     fn install() -> io::Result<Self> {
         let (receiver, sender) = UnixStream::pair()?;
         for signal in [SIGTERM, SIGINT] {
             signal_hook::low_level::pipe::register(signal, sender.try_clone()?)?;
         }
+        let watched = receiver.try_clone()?;
+        thread::Builder::new().name("watchdog".into()).spawn(move || {
+            if wait(&[watched.as_fd()]).is_ok() {
+                thread::sleep(DRAIN_TIMEOUT);
+                error!("Requests in flight did not finish within {} seconds", DRAIN_TIMEOUT.as_secs());
+                std::process::exit(1);
+            }
+        })?;
         Ok(Self(receiver))
-    }
-
-    fn arrived(&self) -> bool {
-        let mut fds = [PollFd::new(&self.0, PollFlags::IN)];
-        poll(&mut fds, Some(&rustix::event::Timespec::default())).is_ok_and(|count| count > 0)
     }
 }
 
@@ -218,17 +224,8 @@ impl<D: Device> Connection<D> {
     }
 
     /// Completes what is in flight, and ends all threads of the connection.
-    fn close(mut self, signals: &Signals) {
-        if !signals.arrived() {
-            // Requests of a front end that is gone: a signal must still be able to end the process.
-            while !self.backend.stop(Some(std::time::Instant::now() + Duration::from_millis(500))) {
-                if signals.arrived() {
-                    end_late();
-                    break;
-                }
-            }
-        }
-        self.backend.stop(None);
+    fn close(mut self) {
+        self.backend.stop();
         // Fails when the front end was first.
         let _ = self.front.shutdown(std::net::Shutdown::Both);
         match self.link.join() {

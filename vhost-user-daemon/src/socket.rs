@@ -33,7 +33,7 @@ impl Socket {
     /// Opens the socket that the command line names, or the one that systemd passed (`sd_listen_fds(3)`) if it
     /// names none.
     ///
-    /// Call it once, before other files are opened and before the sandbox closes.
+    /// Call it once, before the sandbox closes.
     pub fn open(args: &CommonArgs) -> Result<Self, SocketError> {
         if let Some(path) = &args.socket_path {
             return path::listen(path, args.socket_group.as_deref()).map(Self::Listening);

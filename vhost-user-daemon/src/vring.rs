@@ -8,20 +8,25 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::OFlags;
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
-use virtio_queue::Error as QueueError;
+use virtio_queue::{Error as QueueError, QueueT};
 
-use crate::memory::SharedMemory;
+use crate::memory::{SharedMemory, snapshot};
 
 /// A virtqueue as the control plane sees it: addresses, indices, eventfds, enabled or not.
 ///
 /// It is the crate's `VringMutex`, but
 /// - the eventfds of the front end are made non-blocking, so that none of them can hold up a worker;
+/// - the used index is taken from guest memory in one step with setting it: QEMU sends the addresses of a running ring
+///   anew when a migration begins, and what a worker publishes in between must not be forgotten;
+/// - a new call eventfd is written to at once: QEMU exchanges it after the ring was started, and what was completed
+///   until then would go unnoticed;
 /// - a kick that somebody else already consumed is no error, which would end the worker for good (QEMU reads the kick
 ///   eventfd itself when it takes a ring back, and a worker may be just about to do the same);
 /// - a ring that the guest broke is remembered until it is started anew, and reported through the error eventfd.
 #[derive(Clone)]
 pub struct Vring {
     state: VringMutex<SharedMemory>,
+    memory: SharedMemory,
     extra: Arc<Extra>,
 }
 
@@ -47,6 +52,14 @@ impl Vring {
     /// The eventfd that the guest kicks, for a worker that watches it while it waits for something else.
     pub(crate) fn kick(&self) -> Option<Arc<OwnedFd>> {
         self.extra.kick.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Makes the worker look at the ring again, as if the guest had kicked it.
+    pub(crate) fn wake(&self) {
+        if let Some(kick) = self.kick() {
+            // Full means that a kick is pending already.
+            let _ = rustix::io::write(kick, &1u64.to_ne_bytes());
+        }
     }
 
     /// Whether [`Vring::set_broken`] was called since the ring was started.
@@ -76,7 +89,8 @@ impl<'a> VringStateMutGuard<'a, SharedMemory> for Vring {
 
 impl VringT<SharedMemory> for Vring {
     fn new(mem: SharedMemory, max_queue_size: u16) -> Result<Self, QueueError> {
-        Ok(Self { state: VringMutex::new(mem, max_queue_size)?, extra: Arc::default() })
+        let state = VringMutex::new(mem.clone(), max_queue_size)?;
+        Ok(Self { state, memory: mem, extra: Arc::default() })
     }
 
     fn get_ref(&self) -> MutexGuard<'_, VringState<SharedMemory>> {
@@ -112,7 +126,9 @@ impl VringT<SharedMemory> for Vring {
     }
 
     fn set_queue_info(&self, desc_table: u64, avail_ring: u64, used_ring: u64) -> Result<(), QueueError> {
-        self.state.set_queue_info(desc_table, avail_ring, used_ring)
+        self.state.set_queue_info(desc_table, avail_ring, used_ring)?;
+        self.extra.broken.store(false, Ordering::Relaxed);
+        Ok(())
     }
 
     fn queue_next_avail(&self) -> u16 {
@@ -124,7 +140,12 @@ impl VringT<SharedMemory> for Vring {
     }
 
     fn set_queue_next_used(&self, idx: u16) {
-        self.state.set_queue_next_used(idx);
+        let mut state = self.state.get_mut();
+        let queue = state.get_queue_mut();
+        let memory = snapshot(&self.memory);
+        // The caller has just read the same index from the same place, before it let go of the lock.
+        let now = queue.used_idx(&*memory, Ordering::Acquire).map_or(idx, |now| now.0);
+        queue.set_next_used(now);
     }
 
     fn queue_used_idx(&self) -> Result<u16, QueueError> {
@@ -162,6 +183,8 @@ impl VringT<SharedMemory> for Vring {
 
     fn set_call(&self, file: Option<File>) {
         self.state.set_call(nonblocking(file));
+        // Fails when the other end is full or gone; neither is a loss.
+        let _ = self.state.signal_used_queue();
     }
 
     fn set_err(&self, file: Option<File>) {

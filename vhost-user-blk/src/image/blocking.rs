@@ -7,6 +7,7 @@ use std::io;
 use std::sync::atomic::Ordering;
 
 use libc::iovec;
+use log::error;
 use rustix::fs::{FallocateFlags, fallocate};
 
 use super::operation::{rest, total_len};
@@ -33,6 +34,14 @@ pub(super) fn supports_nowait(file: &File) -> bool {
     !matches!(result, Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP))
 }
 
+/// Whether O_DIRECT takes buffers and offsets that are aligned to 512 bytes and no more.
+pub(super) fn takes_direct_sectors(file: &File) -> bool {
+    let mut page = Page([0; 4096]);
+    let buffer = iovec { iov_base: page.0[512..].as_mut_ptr().cast(), iov_len: 512 };
+    // SAFETY: the buffer is a part of the page above.
+    unsafe { preadv(file, &[buffer], 512, 0) }.is_ok()
+}
+
 /// Whether an operation has to be tried again, with the number of tries so far.
 pub(super) fn is_transient(error: &io::Error, retries: u32) -> bool {
     retries < MAX_RETRIES && matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN))
@@ -41,6 +50,35 @@ pub(super) fn is_transient(error: &io::Error, retries: u32) -> bool {
 impl Image {
     /// Does `operation`, however long it takes.
     pub(super) fn execute(&self, operation: Operation<'_>) -> io::Result<()> {
+        let result = self.try_execute(operation);
+        if let Err(error) = &result {
+            self.note_failure(operation, error);
+        }
+        result
+    }
+
+    /// Remembers a failure after which no later flush can be believed.
+    ///
+    /// The kernel reports that it could not write a page once, and then takes the page for clean: the data is lost, and
+    /// the next fdatasync(2) says that all is well. Past the page cache a failed write is its own report.
+    pub(super) fn note_failure(&self, operation: Operation<'_>, error: &io::Error) {
+        if operation.is_durable() && self.direct.is_none() && !self.lost_writes.swap(true, Ordering::Relaxed)
+        {
+            error!("The host could not store what was written ({error}): all flushes fail from now on");
+        }
+    }
+
+    /// Fails if what an operation promises can no longer be kept.
+    pub(super) fn check(&self, operation: Operation<'_>) -> io::Result<()> {
+        if operation.is_durable() && self.lost_writes.load(Ordering::Relaxed) {
+            return Err(io::Error::other(
+                "data was lost before: check the host's storage, then restart the daemon",
+            ));
+        }
+        Ok(())
+    }
+
+    fn try_execute(&self, operation: Operation<'_>) -> io::Result<()> {
         match operation {
             Operation::Read { offset, buffers } => self.transfer(buffers, offset, Direction::Read),
             Operation::Write { offset, buffers, durable } => {
@@ -148,8 +186,8 @@ impl Image {
     pub(super) fn discard_range(&self, range: Range) -> io::Result<()> {
         match self.kind {
             _ if range.len == 0 => Ok(()),
-            Kind::BlockDevice => block_discard(&self.file, range.offset, range.len),
-            Kind::File => self.allocate(PUNCH, range),
+            Kind::BlockDevice => ignore_missing(block_discard(&self.file, range.offset, range.len)),
+            Kind::File => ignore_missing(self.allocate(PUNCH, range)),
         }
     }
 
@@ -216,10 +254,47 @@ pub(super) const ZERO: FallocateFlags = FallocateFlags::ZERO_RANGE.union(Falloca
 
 /// Whether the file system or device lacks the operation, rather than failed at it.
 pub(super) fn is_unsupported(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV | libc::EINVAL))
+    is_missing(error) || error.raw_os_error() == Some(libc::EINVAL)
+}
+
+/// Whether the host cannot do this at all. A discard is a hint, which may then be ignored.
+pub(super) fn is_missing(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV))
+}
+
+fn ignore_missing(result: io::Result<()>) -> io::Result<()> {
+    result.or_else(|error| if is_missing(&error) { Ok(()) } else { Err(error) })
 }
 
 /// The end of the file came before the end of the disk.
 pub(super) fn shrunk() -> io::Error {
     io::Error::new(io::ErrorKind::UnexpectedEof, "the image has become smaller")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::ImageOptions;
+    use super::*;
+
+    #[test]
+    fn after_a_failed_flush_no_promise_is_given() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(4096).unwrap();
+        let image = Image::open(&ImageOptions {
+            path: file.path().to_owned(),
+            read_only: false,
+            direct: false,
+            logical_block_size: None,
+        })
+        .unwrap();
+        let write = |durable| Operation::Write { offset: 0, buffers: &[], durable };
+        let failure = io::Error::from_raw_os_error(libc::EIO);
+        image.note_failure(write(false), &failure);
+        assert!(image.check(Operation::Flush).is_ok(), "a write that failed was reported and is not cached");
+        image.note_failure(Operation::Flush, &failure);
+        assert!(image.check(Operation::Flush).is_err());
+        assert!(image.check(write(true)).is_err());
+        assert!(image.check(write(false)).is_ok());
+        assert!(image.check(Operation::Read { offset: 0, buffers: &[] }).is_ok());
+    }
 }

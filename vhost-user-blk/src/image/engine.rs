@@ -77,6 +77,9 @@ impl<J: Job> Engine<J> {
     /// What was started reaches the kernel at the next [`Engine::submit`] or [`Engine::wait`].
     pub fn start(&mut self, job: J, alone: bool) -> Option<(J, io::Result<()>)> {
         let operation = job.operation();
+        if let Err(error) = self.image.check(operation) {
+            return Some((job, Err(error)));
+        }
         if self.is_inline(operation) {
             let result = self.image.execute(operation);
             return Some((job, result));

@@ -138,6 +138,8 @@ pub struct Image {
     nowait: bool,
     /// The file system turned out to have no zeroing of ranges.
     no_zero_range: AtomicBool,
+    /// Something that was written could not be stored, so that no flush can be believed any more.
+    lost_writes: AtomicBool,
 }
 
 /// What O_DIRECT asks for, in bytes, powers of two.
@@ -220,6 +222,7 @@ impl Image {
             direct,
             nowait,
             no_zero_range: AtomicBool::new(false),
+            lost_writes: AtomicBool::new(false),
         })
     }
 
@@ -281,7 +284,8 @@ fn direct_alignment(file: &File, kind: Kind) -> io::Result<DirectAlignment> {
     }
     let block = match kind {
         Kind::BlockDevice => ioctl_blksszget(file)?,
-        // An older kernel does not tell. No file system asks for more than this.
+        // Not every file system tells, and older kernels never do. None asks for more than a page.
+        Kind::File if blocking::takes_direct_sectors(file) => SECTOR as u32,
         Kind::File => 4096,
     };
     Ok(DirectAlignment { memory: block, offset: block })

@@ -51,10 +51,27 @@ pub enum Operation<'a> {
     },
 }
 
+impl Operation<'_> {
+    /// Whether its success promises that something survives a power cut.
+    pub(super) fn is_durable(self) -> bool {
+        match self {
+            Self::Flush => true,
+            Self::Write { durable, .. }
+            | Self::Discard { durable, .. }
+            | Self::WriteZeroes { durable, .. } => durable,
+            Self::Read { .. } => false,
+        }
+    }
+}
+
 /// A request that an [`Engine`](super::Engine) holds until it is done, together with all that it points to.
-pub trait Job {
-    /// What is to be done. The engine asks several times and must get the same answer: the buffers stay where they are
-    /// and stay mapped as long as the job exists, also when it is moved.
+///
+/// # Safety
+/// As long as the job exists, also when it is moved, [`Job::operation`] gives the same answer, the slices in it stay where
+/// they are, and the buffers that they name stay mapped.
+#[expect(unsafe_code, reason = "the kernel is given the pointers")]
+pub unsafe trait Job {
+    /// What is to be done.
     fn operation(&self) -> Operation<'_>;
 }
 

@@ -11,9 +11,9 @@ use io_uring::squeue::Entry;
 use io_uring::types::{Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode};
 use libc::iovec;
-use log::error;
+use vhost_user_daemon::error_limited;
 
-use super::blocking::{PUNCH, ZERO, is_transient, is_unsupported, shrunk};
+use super::blocking::{PUNCH, ZERO, is_missing, is_transient, is_unsupported, shrunk};
 use super::operation::{rest, total_len};
 use super::{Image, Job, Operation, Range};
 
@@ -74,6 +74,10 @@ impl<J: Job> Uring<J> {
     /// A ring for `depth` jobs on `file`. Fails where io_uring is missing or forbidden.
     pub fn new(file: &File, depth: u16) -> io::Result<Self> {
         let ring = IoUring::builder().build(u32::from(depth))?;
+        // Waits with a time-out (Linux 5.11), and polls that report more than once (5.13, as tagged resources).
+        if !ring.params().is_feature_ext_arg() || !ring.params().is_feature_resource_tagging() {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "the kernel is older than Linux 5.13"));
+        }
         ring.submitter().register_files(&[file.as_raw_fd()])?;
         Ok(Self {
             ring,
@@ -123,7 +127,7 @@ impl<J: Job> Uring<J> {
                 }
                 Err(error) => {
                     // Nothing else is possible by the interface. The requests stay queued for the next call.
-                    error!("io_uring takes no submissions: {error}");
+                    error_limited!("io_uring takes no submissions: {error}");
                     return;
                 }
             }
@@ -162,7 +166,9 @@ impl<J: Job> Uring<J> {
         for entry in &again {
             self.push(entry);
         }
-        self.submit();
+        if !again.is_empty() {
+            self.submit();
+        }
     }
 
     /// Jobs that were started and not given back.
@@ -240,6 +246,7 @@ impl<J: Job> Slot<J> {
                 self.retries += 1;
                 return Next::Submit(self.entry(tag));
             }
+            (Operation::Discard { .. }, Err(error)) if !self.flushing && is_missing(&error) => {}
             (Operation::Read { buffers, .. } | Operation::Write { buffers, .. }, Ok(bytes)) => {
                 self.done += bytes;
                 if bytes == 0 {
@@ -275,6 +282,9 @@ impl<J: Job> Slot<J> {
             self.flushing = true;
             self.pending = 1;
             return Next::Submit(self.entry(tag));
+        }
+        if let Some(error) = &self.error {
+            image.note_failure(operation, error);
         }
         Next::Done
     }

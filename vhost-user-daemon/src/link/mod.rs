@@ -11,6 +11,7 @@
 
 mod channel;
 mod inner;
+mod memory;
 mod wire;
 
 use std::io;
@@ -72,9 +73,6 @@ const MAX_CONFIG: usize = 256;
 
 /// Bit 8 of a `SET_VRING_KICK`, `CALL` or `ERR`: no file descriptor comes along.
 const NO_FD: u64 = 1 << 8;
-
-/// Bytes of a memory region description.
-const MEMORY_REGION: usize = 32;
 
 /// `vhost_vring_state`.
 #[derive(Clone, Copy, FromBytes, Immutable, IntoBytes, KnownLayout)]
@@ -143,6 +141,8 @@ pub(crate) struct Link<D: Device> {
     owned: bool,
     /// The device status of the virtio text, section 2.1, as the front end last set it.
     status: u8,
+    /// Which rings are enabled.
+    enabled: Vec<bool>,
     /// What to enable once the features are set: DPDK and QEMU 8.2 send `SET_VRING_ENABLE` before.
     early_enables: Vec<VringState>,
 }
@@ -159,6 +159,7 @@ impl<D: Device> Link<D> {
         Self {
             front,
             inner,
+            enabled: vec![false; device.num_queues()],
             device,
             log,
             notifier,
@@ -276,34 +277,56 @@ impl<D: Device> Link<D> {
                 Ok(Answer::Done)
             }
             request::GET_STATUS => Ok(Answer::Reply(u64::from(self.status).as_bytes().into())),
-            request::SET_VRING_NUM | request::SET_VRING_ADDR | request::SET_VRING_BASE => {
+            request::SET_VRING_NUM => {
+                let VringState { index, num } = body(&message)?;
+                self.check_queue(index)?;
+                // Gap of virtio-queue: it acknowledges a size that it does not take.
+                if !num.is_power_of_two() || num > self.device.max_queue_size().into() {
+                    return Err(Refusal::new(format!("Queue of {num} descriptors")));
+                }
+                self.relay(message).map(|()| Answer::Done)
+            }
+            request::SET_VRING_ADDR | request::SET_VRING_BASE => {
                 self.check_queue(body_prefix::<u32>(&message)?)?;
                 self.relay(message).map(|()| Answer::Done)
             }
             request::SET_VRING_KICK | request::SET_VRING_CALL | request::SET_VRING_ERR => {
                 let value = body::<u64>(&message)?;
-                self.check_queue((value & 0xff) as u32)?;
+                let index = (value & 0xff) as u32;
+                self.check_queue(index)?;
                 if (value & NO_FD == 0) != (message.fds.len() == 1) {
                     return Err(Refusal::new(format!("Ring message with {} files", message.fds.len())));
                 }
+                if message.request == request::SET_VRING_KICK && self.enabled[index as usize] {
+                    // Gap of vhost-user-backend: it looks at the new eventfd only when a ring starts.
+                    self.enable_ring(index, false)?;
+                    self.relay(message)?;
+                    return self.enable_ring(index, true).map(|()| Answer::Done);
+                }
                 self.relay(message).map(|()| Answer::Done)
             }
-            request::SET_VRING_ENABLE => self.set_vring_enable(message),
+            request::SET_VRING_ENABLE => self.set_vring_enable(&message),
             request::GET_VRING_BASE => {
                 self.check_queue(body::<VringState>(&message)?.index)?;
                 self.relay_for_reply(&message).map(Answer::Reply)
             }
             request::GET_MAX_MEM_SLOTS => self.relay_for_reply(&message).map(Answer::Reply),
             request::SET_MEM_TABLE => {
-                let regions = body_prefix::<u32>(&message)? as usize;
-                // User Mode Linux (6.12) always sends room for two regions. Gap of vhost: it insists on the exact size.
-                if let Some(size) = regions.checked_mul(MEMORY_REGION).and_then(|size| size.checked_add(8)) {
-                    message.body.truncate(size);
-                }
+                let message = memory::table(&message)?;
                 self.relay(message).map(|()| Answer::Done)
             }
-            request::ADD_MEM_REG | request::REM_MEM_REG | request::RESET_DEVICE => {
+            request::ADD_MEM_REG => {
+                memory::check_added(&message)?;
                 self.relay(message).map(|()| Answer::Done)
+            }
+            request::REM_MEM_REG => self.relay(message).map(|()| Answer::Done),
+            request::RESET_DEVICE => {
+                self.relay(message)?;
+                self.features_set = false;
+                self.enabled.fill(false);
+                self.status = 0;
+                self.log.set_enabled(false);
+                Ok(Answer::Done)
             }
             _ => Err(Refusal::new("It is not known, or belongs to a feature that is not offered")),
         }
@@ -330,27 +353,38 @@ impl<D: Device> Link<D> {
                 (0..self.device.num_queues() as u32).map(|index| VringState { index, num: 1 }).collect();
         }
         for state in enables {
-            self.relay(Message::new(request::SET_VRING_ENABLE, state.as_bytes()))?;
+            self.enable_ring(state.index, state.num == 1)?;
         }
         Ok(Answer::Done)
     }
 
-    fn set_vring_enable(&mut self, message: Message) -> Result<Answer, Refusal> {
-        let state = body::<VringState>(&message)?;
+    fn set_vring_enable(&mut self, message: &Message) -> Result<Answer, Refusal> {
+        let state = body::<VringState>(message)?;
         self.check_queue(state.index)?;
         if state.num > 1 {
             return Err(Refusal::new(format!("Ring enabled with {}", state.num)));
         }
         if self.features_set {
-            return self.relay(message).map(|()| Answer::Done);
+            return self.enable_ring(state.index, state.num == 1).map(|()| Answer::Done);
         }
         self.early_enables.retain(|early| early.index != state.index);
         self.early_enables.push(state);
         Ok(Answer::Done)
     }
 
+    fn enable_ring(&mut self, index: u32, enable: bool) -> Result<(), Refusal> {
+        let state = VringState { index, num: enable.into() };
+        self.relay(Message::new(request::SET_VRING_ENABLE, state.as_bytes()))?;
+        self.enabled[index as usize] = enable;
+        Ok(())
+    }
+
     fn get_config(&self, message: &Message) -> Result<Answer, Refusal> {
-        let (header, payload) = config_message(message)?;
+        let Ok((header, payload)) = config_message(message) else {
+            // No payload says no, in the words of the text.
+            let header = ConfigHeader { size: 0, ..body_prefix(message)? };
+            return Ok(Answer::Reply(header.as_bytes().into()));
+        };
         let mut reply = header.as_bytes().to_vec();
         let start = reply.len();
         reply.resize(start + payload.len(), 0);
