@@ -158,6 +158,48 @@ fn a_guest_outlives_a_crash_of_the_daemon() {
     check_blocks(&disk, 399);
 }
 
+/// Four writers, so that requests are in flight and complete in any order. A line is 8 bytes.
+const WRITE_AT_ONCE: &str = r#"
+    wait_path /dev/vda
+    for writer in 0 1 2 3; do
+        { yes "writer$writer" | dd of=/dev/vda bs=64k seek=$((writer * 512)) count=512 iflag=fullblock oflag=direct \
+            conv=notrunc && echo done > /tmp/done$writer; } &
+    done
+    announce busy
+    wait
+    report done "$(cat /tmp/done? | wc -l)"
+"#;
+
+#[test]
+fn no_request_is_lost_when_the_daemon_is_killed_again_and_again() {
+    let mut disk = Disk::new(128, &["--cache", "direct"]);
+    let options = BlkOptions { reconnect: Some(Duration::from_millis(100)), ..BlkOptions::default() };
+    let guest = Guest::new(Vmm::Qemu).blk(disk.daemon.socket(), options).script(WRITE_AT_ONCE);
+    let mut guest = guest.spawn().unwrap();
+    guest.wait_for("busy", STEP).unwrap();
+    let socket = disk.daemon.socket().to_owned();
+    let mut killed = Vec::new();
+    for _ in 0..5 {
+        std::thread::sleep(Duration::from_millis(400));
+        disk.daemon.kill();
+        let successor = Daemon::builder("vhost-user-blk")
+            .socket(&socket)
+            .arg("--blk-file")
+            .arg(&disk.image)
+            .args(["--cache", "direct"])
+            .start()
+            .unwrap();
+        killed.push(std::mem::replace(&mut disk.daemon, successor));
+    }
+    let report = guest.wait().unwrap().check().unwrap();
+    assert_eq!(report.number("done").unwrap(), 4);
+    let image = fs::read(&disk.image).unwrap();
+    for (writer, part) in image.chunks(32 * MIB as usize).enumerate() {
+        let line = format!("writer{writer}\n");
+        assert!(part.chunks(line.len()).all(|chunk| chunk == line.as_bytes()), "what writer {writer} wrote");
+    }
+}
+
 /// Each of the tests above for both kinds of guest.
 macro_rules! for_both {
     ($($name:ident),* $(,)?) => {

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
-use vhost_user_backend::VhostUserBackend;
+use vhost_user_backend::{VhostUserBackend, VringT};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
@@ -15,7 +15,7 @@ use crate::TRANSPORT_FEATURES;
 use crate::device::{Device, Progress, Worker};
 use crate::dirty::DirtyLog;
 use crate::memory::SharedMemory;
-use crate::ring::Ring;
+use crate::ring::{Ring, SharedInflight};
 use crate::vring::Vring;
 
 /// How long one wait for requests in flight lasts before the worker looks whether it is to stop.
@@ -26,6 +26,7 @@ pub(crate) struct Backend<D: Device> {
     device: Arc<D>,
     memory: SharedMemory,
     log: Arc<DirtyLog>,
+    inflight: SharedInflight,
     /// Set once, at the end of the connection: nothing is popped any more.
     stopped: Arc<AtomicBool>,
     queues: Vec<Mutex<Queue<D::Worker>>>,
@@ -58,7 +59,12 @@ impl<W: Worker> Queue<W> {
 
 impl<D: Device> Backend<D> {
     /// The back end for a new connection of `device`, with a fresh worker for each queue.
-    pub fn new(device: Arc<D>, memory: SharedMemory, log: Arc<DirtyLog>) -> io::Result<Self> {
+    pub fn new(
+        device: Arc<D>,
+        memory: SharedMemory,
+        log: Arc<DirtyLog>,
+        inflight: SharedInflight,
+    ) -> io::Result<Self> {
         device.reset();
         let queues: Vec<_> = (0..device.num_queues())
             .map(|index| Ok(Mutex::new(Queue { worker: device.new_worker(index)?, ring: None })))
@@ -68,6 +74,7 @@ impl<D: Device> Backend<D> {
             device,
             memory,
             log,
+            inflight,
             stopped: Arc::default(),
             queues,
             vrings,
@@ -123,6 +130,9 @@ impl<D: Device> VhostUserBackend for Backend<D> {
     fn reset_device(&self) {
         for index in 0..self.queues.len() {
             self.queue(index).drain();
+            if let Some(vring) = self.vrings[index].get() {
+                vring.set_queue_ready(false);
+            }
         }
         self.device.reset();
     }
@@ -176,6 +186,7 @@ impl<D: Device> VhostUserBackend for Backend<D> {
                 self.memory.clone(),
                 Arc::clone(&self.log),
                 Arc::clone(&self.stopped),
+                Arc::clone(&self.inflight),
             ));
         }
         let Queue { worker, ring: Some(ring) } = &mut *queue else { return Ok(()) };

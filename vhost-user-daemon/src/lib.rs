@@ -11,6 +11,7 @@
 //! | [`ring`] | a queue as a worker uses it: batches of chains, batches of used entries, notifications |
 //! | [`chain`] | a descriptor chain as checked iovecs into guest memory |
 //! | [`dirty`] | the dirty log of live migration |
+//! | `inflight` | what is in flight, in memory that outlives a daemon that is killed |
 //! | [`log`](mod@log) | set-up of the logger, and macros for what a guest can trigger |
 //!
 //! A daemon parses its flags, opens what it serves, and calls [`serve()`].
@@ -20,6 +21,7 @@ pub mod chain;
 pub mod cli;
 pub mod device;
 pub mod dirty;
+mod inflight;
 mod link;
 pub mod log;
 mod memory;

@@ -6,9 +6,10 @@
 #![expect(unsafe_code, reason = "the rings are memory shared with the guest")]
 #![expect(clippy::cast_ptr_alignment, reason = "Layout::resolve checks it")]
 
+use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering, fence};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use vhost_user_backend::{VringState, VringT};
 use virtio_bindings::bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
@@ -16,6 +17,7 @@ use virtio_queue::{Queue, QueueT};
 
 use crate::chain::{Chain, ChainError, DESCRIPTOR_SIZE};
 use crate::dirty::DirtyLog;
+use crate::inflight::{InflightMemory, InflightQueue};
 use crate::memory::{Memory, SharedMemory, host_ptr, snapshot};
 use crate::vring::Vring;
 use crate::warn_limited;
@@ -31,7 +33,16 @@ pub struct Ring {
     log: Arc<DirtyLog>,
     stopped: Arc<AtomicBool>,
     used: Vec<UsedElement>,
+    shared_inflight: SharedInflight,
+    inflight: Option<InflightQueue>,
+    /// Chains that a process before this one had in flight.
+    again: VecDeque<u16>,
+    /// How often the ring had been started when `inflight` was looked up.
+    starts: u32,
 }
+
+/// The memory for chains in flight that the front end keeps, if it does.
+pub(crate) type SharedInflight = Arc<Mutex<Option<Arc<InflightMemory>>>>;
 
 /// An entry of the used ring: the head of a chain and the bytes written into it.
 #[derive(Clone, Copy, Debug)]
@@ -48,8 +59,20 @@ impl Ring {
         memory: SharedMemory,
         log: Arc<DirtyLog>,
         stopped: Arc<AtomicBool>,
+        shared_inflight: SharedInflight,
     ) -> Self {
-        Self { index, vring, memory, log, stopped, used: Vec::new() }
+        Self {
+            index,
+            vring,
+            memory,
+            log,
+            stopped,
+            used: Vec::new(),
+            shared_inflight,
+            inflight: None,
+            again: VecDeque::new(),
+            starts: 0,
+        }
     }
 
     /// The log in which a device marks what it wrote to guest memory.
@@ -67,13 +90,26 @@ impl Ring {
         if self.stopped.load(Ordering::Relaxed) || self.vring.is_broken() {
             return None;
         }
-        let state = self.vring.get_mut();
+        let mut state = self.vring.get_mut();
         if !state.get_queue().ready() || !state.is_enabled() {
             return None;
         }
         let memory = snapshot(&self.memory);
         // The front end may be exchanging a region; the worker is woken when the memory map is whole again.
         let layout = Layout::resolve(&memory, &state)?;
+        let starts = self.vring.starts();
+        if starts != self.starts {
+            self.starts = starts;
+            let shared = self.shared_inflight.lock().unwrap_or_else(PoisonError::into_inner);
+            self.inflight = shared.as_ref().and_then(|shared| shared.queue(self.index, layout.size));
+            self.again.clear();
+            let used_idx = layout.used_idx();
+            if let Some(again) = self.inflight.as_mut().and_then(|inflight| inflight.recover(used_idx)) {
+                // Whatever the front end believes: these were taken, and all before them is used.
+                state.get_queue_mut().set_next_avail(used_idx.wrapping_add(again.len() as u16));
+                self.again = again.into();
+            }
+        }
         let next_avail = state.get_queue().next_avail();
         let available = layout.avail_idx().wrapping_sub(next_avail);
         if available > layout.size {
@@ -81,7 +117,15 @@ impl Ring {
             self.break_ring("the available index jumped by more than the queue size");
             return None;
         }
-        Some(Batch { index: self.index, state, memory, layout, available })
+        Some(Batch {
+            index: self.index,
+            state,
+            memory,
+            layout,
+            available,
+            inflight: self.inflight.as_mut(),
+            again: &mut self.again,
+        })
     }
 
     /// Notes that the chain starting at `head` is done, with `len` bytes written from the front of its device-writable
@@ -101,11 +145,18 @@ impl Ring {
         let Some(layout) = Layout::resolve(&memory, &state) else { return };
         let old = state.get_queue().next_used();
         let mut next = old;
-        for element in self.used.drain(..) {
-            layout.write_used(next, element);
+        for element in &self.used {
+            if let Some(inflight) = &self.inflight {
+                inflight.prepare(element.head);
+            }
+            layout.write_used(next, *element);
             next = next.wrapping_add(1);
         }
         layout.set_used_idx(next);
+        if let Some(inflight) = &self.inflight {
+            inflight.complete(self.used.iter().map(|element| element.head), next);
+        }
+        self.used.clear();
         let queue = state.get_queue_mut();
         queue.set_next_used(next);
         // The driver writes the event index, then looks at the used index; we the other way round.
@@ -126,6 +177,8 @@ impl Ring {
 
     /// Leaves the ring as one that wants every kick: another back end may take it over. Also while it is stopped.
     pub(crate) fn release(&mut self) {
+        // What could not be published until now has no ring to go to.
+        self.used.clear();
         let state = self.vring.get_mut();
         let memory = snapshot(&self.memory);
         if let Some(layout) = Layout::resolve(&memory, &state) {
@@ -190,6 +243,8 @@ pub struct Batch<'a> {
     layout: Layout,
     /// Chains that the guest had made available when the batch began.
     available: u16,
+    inflight: Option<&'a mut InflightQueue>,
+    again: &'a mut VecDeque<u16>,
 }
 
 impl Batch<'_> {
@@ -198,12 +253,10 @@ impl Batch<'_> {
     /// A chain that cannot be followed is popped as well, and has to be completed like any other. It has no buffers,
     /// but [`Chain::write_last_byte`] works if its last byte could be found.
     pub fn pop(&mut self, chain: &mut Chain) -> Option<Result<(), ChainError>> {
-        while self.available > 0 {
-            self.available -= 1;
-            let queue = self.state.get_queue_mut();
-            let next_avail = queue.next_avail();
-            let head = self.layout.avail_entry(next_avail);
-            queue.set_next_avail(next_avail.wrapping_add(1));
+        while let Some(head) = self.next_head() {
+            if let Some(inflight) = &mut self.inflight {
+                inflight.take(head);
+            }
             // SAFETY: `resolve` found the whole table of `size` descriptors in this memory map.
             let result = unsafe { chain.fill(&self.memory, self.layout.table, self.layout.size, head) };
             if let Err(error) = &result {
@@ -216,6 +269,17 @@ impl Batch<'_> {
             return Some(result);
         }
         None
+    }
+
+    fn next_head(&mut self) -> Option<u16> {
+        if let Some(head) = self.again.pop_front() {
+            return Some(head);
+        }
+        self.available = self.available.checked_sub(1)?;
+        let queue = self.state.get_queue_mut();
+        let next_avail = queue.next_avail();
+        queue.set_next_avail(next_avail.wrapping_add(1));
+        Some(self.layout.avail_entry(next_avail))
     }
 }
 
@@ -279,6 +343,10 @@ impl Layout {
 
     fn set_used_flags(&self, flags: u16) {
         self.used_u16(0).store(flags.to_le(), Ordering::Relaxed);
+    }
+
+    fn used_idx(&self) -> u16 {
+        u16::from_le(self.used_u16(1).load(Ordering::Relaxed))
     }
 
     fn set_used_idx(&self, idx: u16) {

@@ -21,6 +21,7 @@ use crate::device::Device;
 use crate::dirty::DirtyLog;
 use crate::link::{self, ConfigNotifier, Link};
 use crate::memory;
+use crate::ring::SharedInflight;
 use crate::socket::Socket;
 use crate::sys;
 
@@ -199,10 +200,16 @@ impl<D: Device> Connection<D> {
         front.set_nonblocking(false)?;
         let memory = memory::empty();
         let log = Arc::new(DirtyLog::default());
+        let inflight = SharedInflight::default();
         let (listener, inner) = link::pair()?;
         let (ended, ending) = UnixStream::pair()?;
-        let backend = Arc::new(Backend::new(Arc::clone(device), memory.clone(), Arc::clone(&log))?);
-        let link = Link::new(front.try_clone()?, inner, Arc::clone(device), log, notifier.clone());
+        let backend = Arc::new(Backend::new(
+            Arc::clone(device),
+            memory.clone(),
+            Arc::clone(&log),
+            Arc::clone(&inflight),
+        )?);
+        let link = Link::new(front.try_clone()?, inner, Arc::clone(device), log, inflight, notifier.clone());
 
         let mut daemon = VhostUserDaemon::new("vhost-user".into(), Arc::clone(&backend), memory)
             .map_err(|error| io_error(&error))?;

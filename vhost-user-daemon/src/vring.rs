@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::OFlags;
@@ -33,6 +33,7 @@ pub struct Vring {
 #[derive(Default)]
 struct Extra {
     broken: AtomicBool,
+    starts: AtomicU32,
     kick: Mutex<Option<Arc<OwnedFd>>>,
     error: Mutex<Option<File>>,
 }
@@ -52,6 +53,11 @@ impl Vring {
     /// The eventfd that the guest kicks, for a worker that watches it while it waits for something else.
     pub(crate) fn kick(&self) -> Option<Arc<OwnedFd>> {
         self.extra.kick.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// How often the ring was started, so that a worker notices that it was started anew.
+    pub(crate) fn starts(&self) -> u32 {
+        self.extra.starts.load(Ordering::Relaxed)
     }
 
     /// Makes the worker look at the ring again, as if the guest had kicked it.
@@ -163,6 +169,7 @@ impl VringT<SharedMemory> for Vring {
     fn set_queue_ready(&self, ready: bool) {
         if ready {
             self.extra.broken.store(false, Ordering::Relaxed);
+            self.extra.starts.fetch_add(1, Ordering::Relaxed);
         }
         self.state.set_queue_ready(ready);
     }

@@ -58,6 +58,8 @@ pub fn blk_command() -> Result<Command> {
 pub struct BlkFixture {
     /// The daemon.
     pub daemon: Daemon,
+    /// Daemons that were killed; the first one's folder holds the socket.
+    predecessors: Vec<Daemon>,
     image: PathBuf,
     _folder: TempDir,
 }
@@ -76,7 +78,16 @@ impl BlkFixture {
         // Allocated blocks are what discard tests count.
         File::open(&image)?.sync_all()?;
         let daemon = blk_daemon().arg("--blk-file").arg(&image).args(args).start()?;
-        Ok(Self { daemon, image, _folder: folder })
+        Ok(Self { daemon, predecessors: Vec::new(), image, _folder: folder })
+    }
+
+    /// Kills the daemon, and starts another on the same socket and image.
+    pub fn replace_daemon(&mut self, args: &[&str]) -> Result<()> {
+        self.daemon.kill();
+        let daemon =
+            blk_daemon().socket(self.socket()).arg("--blk-file").arg(&self.image).args(args).start()?;
+        self.predecessors.push(std::mem::replace(&mut self.daemon, daemon));
+        Ok(())
     }
 
     /// Where the daemon listens.

@@ -254,8 +254,13 @@ pub struct RawDevice {
 }
 
 impl RawDevice {
-    /// Connects, negotiates and announces the memory.
+    /// Connects, negotiates, and announces new memory.
     pub fn connect(socket: &Path, options: &RawOptions) -> io::Result<Self> {
+        Self::connect_with(socket, options, Arc::new(GuestMemory::new(options.layout)?))
+    }
+
+    /// Connects, negotiates, and announces the memory of a guest that was connected before.
+    pub fn connect_with(socket: &Path, options: &RawOptions, memory: Arc<GuestMemory>) -> io::Result<Self> {
         let stream = UnixStream::connect(socket)?;
         let wire = WireFrontend::from_stream(stream.try_clone()?)?;
         let watchdog = Watchdog::start(stream.try_clone()?);
@@ -279,7 +284,6 @@ impl RawDevice {
         }
         frontend.set_features(features).map_err(io::Error::other)?;
 
-        let memory = Arc::new(GuestMemory::new(options.layout)?);
         frontend.set_mem_table(&memory.table()).map_err(io::Error::other)?;
         Ok(Self { frontend, wire, memory, features, _watchdog: watchdog })
     }

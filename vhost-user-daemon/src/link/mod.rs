@@ -17,7 +17,7 @@ mod wire;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use log::{debug, info};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures as ProtocolFeatures, VhostUserVirtioFeatures};
@@ -28,6 +28,8 @@ pub(crate) use self::inner::pair;
 use self::wire::Message;
 use crate::device::Device;
 use crate::dirty::DirtyLog;
+use crate::inflight::{self, InflightMemory};
+use crate::ring::SharedInflight;
 use crate::warn_limited;
 
 /// Numbers of the requests that the link looks at (vhost-user text, "Front-end message types").
@@ -53,6 +55,8 @@ mod request {
     pub const SET_BACKEND_REQ_FD: u32 = 21;
     pub const GET_CONFIG: u32 = 24;
     pub const SET_CONFIG: u32 = 25;
+    pub const GET_INFLIGHT_FD: u32 = 31;
+    pub const SET_INFLIGHT_FD: u32 = 32;
     pub const RESET_DEVICE: u32 = 34;
     pub const GET_MAX_MEM_SLOTS: u32 = 36;
     pub const ADD_MEM_REG: u32 = 37;
@@ -66,6 +70,7 @@ const OWN_PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::REPLY_ACK
     .union(ProtocolFeatures::CONFIG)
     .union(ProtocolFeatures::LOG_SHMFD)
     .union(ProtocolFeatures::STATUS)
+    .union(ProtocolFeatures::INFLIGHT_SHMFD)
     .union(ProtocolFeatures::BACKEND_REQ);
 
 /// The largest configuration space (vhost-user text, "Virtio device config space").
@@ -99,10 +104,24 @@ struct LogBase {
     offset: u64,
 }
 
+/// The body of `GET_INFLIGHT_FD` and `SET_INFLIGHT_FD`.
+#[derive(Clone, Copy, FromBytes, Immutable, IntoBytes, KnownLayout)]
+#[repr(C)]
+struct InflightBody {
+    mmap_size: u64,
+    mmap_offset: u64,
+    num_queues: u16,
+    queue_size: u16,
+    /// The structure is packed in the text, but QEMU sends it with the padding of C.
+    padding: [u8; 4],
+}
+
 /// What the link says to a request.
 enum Answer {
     /// The reply that belongs to this request.
     Reply(Vec<u8>),
+    /// The same with a file.
+    ReplyWithFile(Vec<u8>, OwnedFd),
     /// Done: acknowledged if the front end asked for that.
     Done,
 }
@@ -131,6 +150,7 @@ pub(crate) struct Link<D: Device> {
     inner: UnixStream,
     device: Arc<D>,
     log: Arc<DirtyLog>,
+    inflight: SharedInflight,
     notifier: ConfigNotifier,
     features: u64,
     protocol_features: ProtocolFeatures,
@@ -154,6 +174,7 @@ impl<D: Device> Link<D> {
         inner: UnixStream,
         device: Arc<D>,
         log: Arc<DirtyLog>,
+        inflight: SharedInflight,
         notifier: ConfigNotifier,
     ) -> Self {
         Self {
@@ -162,6 +183,7 @@ impl<D: Device> Link<D> {
             enabled: vec![false; device.num_queues()],
             device,
             log,
+            inflight,
             notifier,
             features: 0,
             protocol_features: ProtocolFeatures::empty(),
@@ -205,11 +227,16 @@ impl<D: Device> Link<D> {
                     | request::GET_MAX_MEM_SLOTS
                     | request::SET_LOG_BASE
                     | request::GET_STATUS
+                    | request::GET_INFLIGHT_FD
             );
             let reply_to = Message::new(request, []);
             let refusal = match self.answer(message) {
                 Ok(Answer::Reply(body)) => {
-                    reply_to.reply(&self.front, &body)?;
+                    reply_to.reply(&self.front, &body, &[])?;
+                    continue;
+                }
+                Ok(Answer::ReplyWithFile(body, file)) => {
+                    reply_to.reply(&self.front, &body, &[file])?;
                     continue;
                 }
                 Ok(Answer::Done) => None,
@@ -221,7 +248,7 @@ impl<D: Device> Link<D> {
             // There is no way to say no to a request that has a reply of its own.
             if !has_reply && need_reply && self.acked_protocol_features.contains(ProtocolFeatures::REPLY_ACK)
             {
-                reply_to.reply(&self.front, u64::from(refusal.is_some()).as_bytes())?;
+                reply_to.reply(&self.front, u64::from(refusal.is_some()).as_bytes(), &[])?;
             }
             if let Some(Refusal { reason, fatal }) = refusal
                 && (fatal || has_reply)
@@ -266,6 +293,9 @@ impl<D: Device> Link<D> {
             // Gap of vhost-user-backend: its dirty log costs every request, cannot be switched off again, and loses
             // regions that are added.
             request::SET_LOG_BASE => self.set_log_base(message),
+            // Gap of vhost-user-backend: it has no memory for chains in flight.
+            request::GET_INFLIGHT_FD => self.get_inflight(&message),
+            request::SET_INFLIGHT_FD => self.set_inflight(message),
             // Gap of vhost: its channel cannot send CONFIG_CHANGE_MSG.
             request::SET_BACKEND_REQ_FD => self.set_backend_channel(message),
             // Gap of vhost: not known. A front end without this feature stops and starts the rings all the same, so the
@@ -411,6 +441,29 @@ impl<D: Device> Link<D> {
         Ok(Answer::Reply(echo))
     }
 
+    fn get_inflight(&self, message: &Message) -> Result<Answer, Refusal> {
+        let wanted = inflight_body(message)?;
+        if usize::from(wanted.num_queues) > self.device.num_queues()
+            || wanted.queue_size > self.device.max_queue_size()
+        {
+            return Err(Refusal::new(format!("{} queues of {}", wanted.num_queues, wanted.queue_size)));
+        }
+        let (file, mmap_size) = inflight::create(wanted.num_queues, wanted.queue_size)
+            .map_err(|error| Refusal::new(format!("Memory for chains in flight: {error}")))?;
+        let reply = InflightBody { mmap_size, mmap_offset: 0, ..wanted };
+        Ok(Answer::ReplyWithFile(reply.as_bytes()[..message.body.len()].into(), file))
+    }
+
+    fn set_inflight(&self, message: Message) -> Result<Answer, Refusal> {
+        let InflightBody { mmap_size, mmap_offset, num_queues, queue_size, .. } = inflight_body(&message)?;
+        let memory =
+            InflightMemory::adopt(single_fd(message)?, mmap_size, mmap_offset, num_queues, queue_size)
+                .map_err(|error| Refusal::new(format!("Memory for chains in flight: {error}")))?;
+        // Taken up by each ring when it starts.
+        *self.inflight.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(memory));
+        Ok(Answer::Done)
+    }
+
     fn set_backend_channel(&self, message: Message) -> Result<Answer, Refusal> {
         let stream = UnixStream::from(single_fd(message)?);
         // A front end that does not read must not hold up whoever wants to tell it something. This also fails for
@@ -469,6 +522,7 @@ fn takes_files(request: u32) -> bool {
             | request::SET_VRING_CALL
             | request::SET_VRING_ERR
             | request::SET_BACKEND_REQ_FD
+            | request::SET_INFLIGHT_FD
             | request::ADD_MEM_REG
     )
 }
@@ -476,6 +530,17 @@ fn takes_files(request: u32) -> bool {
 /// The body of `message`, which has to have exactly the size of `T`.
 fn body<T: FromBytes>(message: &Message) -> Result<T, Refusal> {
     message.body_as().ok_or_else(|| Refusal::new(format!("Body of {} bytes", message.body.len())))
+}
+
+/// The body of a message about chains in flight, with or without its padding.
+fn inflight_body(message: &Message) -> Result<InflightBody, Refusal> {
+    let mut whole = [0; size_of::<InflightBody>()];
+    let len = message.body.len();
+    if len != whole.len() && len != std::mem::offset_of!(InflightBody, padding) {
+        return Err(Refusal::new(format!("Body of {len} bytes")));
+    }
+    whole[..len].copy_from_slice(&message.body);
+    Ok(zerocopy::transmute!(whole))
 }
 
 /// The start of the body of `message`.

@@ -86,9 +86,9 @@ impl Message {
         send(stream, self.request, VERSION | need_reply, &self.body, &self.fds)
     }
 
-    /// Sends `body` as the reply to this request.
-    pub fn reply(&self, stream: &UnixStream, body: &[u8]) -> io::Result<()> {
-        send(stream, self.request, VERSION | FLAG_REPLY, body, &[])
+    /// Sends `body` and `fds` as the reply to this request.
+    pub fn reply(&self, stream: &UnixStream, body: &[u8], fds: &[OwnedFd]) -> io::Result<()> {
+        send(stream, self.request, VERSION | FLAG_REPLY, body, fds)
     }
 }
 
