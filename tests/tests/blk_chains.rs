@@ -401,12 +401,7 @@ fn no_wake_up_is_lost_when_the_driver_kicks_only_on_demand() -> Result<()> {
             let count = 1 + round % 7;
             let old = ring.avail_idx();
             let pending = publish_batch(ring, count);
-            let new = ring.avail_idx();
-            let wanted = if event_idx {
-                new.wrapping_sub(ring.avail_event()).wrapping_sub(1) < new.wrapping_sub(old)
-            } else {
-                ring.used_flags() & NO_NOTIFY == 0
-            };
+            let wanted = ring.wants_kick(old);
             if wanted {
                 ring.kick();
             }

@@ -200,16 +200,8 @@ fn no_request_is_lost_when_the_daemon_is_killed_again_and_again() {
     }
 }
 
-/// Each of the tests above for both kinds of guest.
-macro_rules! for_both {
-    ($($name:ident),* $(,)?) => {
-        mod qemu {
-            $(#[test] fn $name() { super::$name(tests::guest::Vmm::Qemu) })*
-        }
-        mod uml {
-            $(#[test] fn $name() { super::$name(tests::guest::Vmm::Uml) })*
-        }
-    };
-}
-
-for_both!(a_disk_keeps_a_file_system, a_read_only_disk_refuses_writes, synced_writes_survive_a_sigterm);
+tests::for_both_guests!(
+    a_disk_keeps_a_file_system,
+    a_read_only_disk_refuses_writes,
+    synced_writes_survive_a_sigterm
+);

@@ -10,7 +10,8 @@ use tests::driver::raw::{LOG_ALL, RawDevice, RawOptions};
 use tests::driver::request::{IOERR, OK, Request};
 use tests::driver::usage::Footprint;
 use tests::driver::wire::{
-    FLAG_NEED_REPLY, FLAG_REPLY, FLAG_VERSION, GET_STATUS, SET_STATUS, WireFrontend, frame,
+    FLAG_NEED_REPLY, FLAG_REPLY, FLAG_VERSION, GET_STATUS, SET_STATUS, WireFrontend, config_body, frame,
+    vring_state,
 };
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{FrontendReq, VhostUserConfigFlags, VhostUserProtocolFeatures};
@@ -105,15 +106,6 @@ fn the_driver_switches_the_write_cache() -> Result<()> {
     setup.check_alive()
 }
 
-fn config_body(offset: u32, size: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
-    let mut body = Vec::new();
-    for field in [offset, size, flags] {
-        body.extend(field.to_le_bytes());
-    }
-    body.extend(payload);
-    body
-}
-
 #[test]
 fn a_bad_config_write_is_refused_and_the_connection_lives() -> Result<()> {
     let mut setup = RawSetup::plain()?;
@@ -189,7 +181,6 @@ fn malformed_messages_do_no_harm_beyond_their_connection() -> Result<()> {
         }
         body
     };
-    let vring_state = |index: u32, num: u32| [index.to_le_bytes(), num.to_le_bytes()].concat();
     let cases: Vec<(&str, Vec<u8>, usize)> = vec![
         ("nothing", vec![], 0),
         ("half a header", vec![1, 0, 0, 0, 1, 0], 0),

@@ -60,19 +60,7 @@ fn waiting_for_a_guest_that_has_ended_is_an_error(vmm: Vmm) {
     assert!(error.contains("did not announce \"two\"") && error.contains("exit status 7"), "{error}");
 }
 
-/// Each of the tests above for both kinds of guest.
-macro_rules! for_both {
-    ($($name:ident),* $(,)?) => {
-        mod qemu {
-            $(#[test] fn $name() { super::$name(tests::guest::Vmm::Qemu) })*
-        }
-        mod uml {
-            $(#[test] fn $name() { super::$name(tests::guest::Vmm::Uml) })*
-        }
-    };
-}
-
-for_both!(
+tests::for_both_guests!(
     values_and_output_come_back,
     a_failing_script_is_reported,
     a_panic_is_reported,

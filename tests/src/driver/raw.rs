@@ -163,7 +163,7 @@ pub struct RawOptions {
     pub layout: Layout,
     /// Virtio features, besides [`PROTOCOL_FEATURES`].
     pub features: u64,
-    /// Protocol features.
+    /// Protocol features. With `CONFIGURE_MEM_SLOTS` memory is announced region by region, as QEMU does then.
     pub protocol: VhostUserProtocolFeatures,
     /// Most rings that will be used.
     pub queues: u16,
@@ -284,7 +284,13 @@ impl RawDevice {
         }
         frontend.set_features(features).map_err(io::Error::other)?;
 
-        frontend.set_mem_table(&memory.table()).map_err(io::Error::other)?;
+        if options.protocol.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
+            for region in memory.table() {
+                frontend.add_mem_region(&region).map_err(io::Error::other)?;
+            }
+        } else {
+            frontend.set_mem_table(&memory.table()).map_err(io::Error::other)?;
+        }
         Ok(Self { frontend, wire, memory, features, _watchdog: watchdog })
     }
 
@@ -337,17 +343,45 @@ impl RawDevice {
 
     /// Starts ring `index` anywhere.
     pub fn ring_at(&mut self, index: usize, placement: Placement) -> io::Result<RawRing> {
-        let arena = Arena::new(index as u64 * RING_SLICE + RING_SPACE, RING_SLICE - RING_SPACE);
-        let event_idx = self.has(VIRTIO_RING_F_EVENT_IDX);
-        let ring = RawRing::new(Arc::clone(&self.memory), placement, event_idx, arena)?;
+        let ring = self.lay_out(index, placement)?;
         self.start(index, &ring)?;
         Ok(ring)
     }
 
+    /// Lays out ring `index` anywhere, without a word to the daemon.
+    pub fn lay_out(&self, index: usize, placement: Placement) -> io::Result<RawRing> {
+        let arena = Arena::new(index as u64 * RING_SLICE + RING_SPACE, RING_SLICE - RING_SPACE);
+        RawRing::new(Arc::clone(&self.memory), placement, self.has(VIRTIO_RING_F_EVENT_IDX), arena)
+    }
+
     /// Announces `ring` as ring `index` and enables it, from the ring's own position on.
     pub fn start(&mut self, index: usize, ring: &RawRing) -> io::Result<()> {
+        self.start_from(index, ring, ring.placement().base)
+    }
+
+    /// The same from avail index `base` on, for a ring whose driver has not looked at all that the device did.
+    pub fn start_from(&mut self, index: usize, ring: &RawRing, base: u16) -> io::Result<()> {
+        self.announce(index, ring, base)?;
+        self.frontend.set_vring_enable(index, true).map_err(io::Error::other)
+    }
+
+    /// Announces `ring` as ring `index`, from avail index `base` on, without enabling it.
+    pub fn announce(&mut self, index: usize, ring: &RawRing, base: u16) -> io::Result<()> {
         let placement = ring.placement();
-        let config = VringConfigData {
+        let config = self.vring_config(&placement);
+        let frontend = &mut self.frontend;
+        frontend
+            .set_vring_num(index, placement.size)
+            .and_then(|()| frontend.set_vring_base(index, base))
+            .and_then(|()| frontend.set_vring_addr(index, &config))
+            .and_then(|()| frontend.set_vring_call(index, ring.call()))
+            .and_then(|()| frontend.set_vring_kick(index, ring.kick_fd()))
+            .map_err(io::Error::other)
+    }
+
+    /// What `SET_VRING_ADDR` says of a ring at `placement`.
+    pub fn vring_config(&self, placement: &Placement) -> VringConfigData {
+        VringConfigData {
             queue_max_size: placement.size,
             queue_size: placement.size,
             flags: 0,
@@ -355,15 +389,6 @@ impl RawDevice {
             used_ring_addr: self.memory.user_address(placement.used),
             avail_ring_addr: self.memory.user_address(placement.avail),
             log_addr: None,
-        };
-        let frontend = &mut self.frontend;
-        frontend
-            .set_vring_num(index, placement.size)
-            .and_then(|()| frontend.set_vring_base(index, placement.base))
-            .and_then(|()| frontend.set_vring_addr(index, &config))
-            .and_then(|()| frontend.set_vring_call(index, ring.call()))
-            .and_then(|()| frontend.set_vring_kick(index, ring.kick_fd()))
-            .and_then(|()| frontend.set_vring_enable(index, true))
-            .map_err(io::Error::other)
+        }
     }
 }

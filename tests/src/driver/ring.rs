@@ -309,6 +309,29 @@ impl RawRing {
         self.kick.write(1).expect("a kick eventfd never fills up");
     }
 
+    /// Whether the device asked to be woken when the avail index goes on from `old` to all that was pushed.
+    pub fn wants_kick(&self, old: u16) -> bool {
+        if self.event_idx {
+            let new = self.next_avail;
+            new.wrapping_sub(self.avail_event()).wrapping_sub(1) < new.wrapping_sub(old)
+        } else {
+            self.used_flags() & NO_NOTIFY == 0
+        }
+    }
+
+    /// Kicks through a new eventfd from now on, which the device has to be told. Returns the old one.
+    pub fn renew_kick(&mut self) -> io::Result<EventFd> {
+        Ok(std::mem::replace(&mut self.kick, EventFd::new(EFD_CLOEXEC)?))
+    }
+
+    /// Waits for calls through a new eventfd from now on, which the device has to be told. Returns the old one.
+    pub fn renew_call(&mut self) -> io::Result<EventFd> {
+        let call = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
+        self.waiter.ctl(ControlOperation::Add, call.as_raw_fd(), EpollEvent::new(EventSet::IN, 0))?;
+        self.waiter.ctl(ControlOperation::Delete, self.call.as_raw_fd(), EpollEvent::default())?;
+        Ok(std::mem::replace(&mut self.call, call))
+    }
+
     /// Takes the next used entry, if there is one: the chain's head and the bytes written.
     pub fn pop_used(&mut self) -> Option<(u32, u32)> {
         if self.used_idx() == self.next_used {

@@ -172,3 +172,18 @@ pub fn frame(request: u32, flags: u32, size: u32, body: &[u8]) -> Vec<u8> {
     bytes.extend(body);
     bytes
 }
+
+/// The body of a `SET_VRING_NUM`, `SET_VRING_BASE`, `GET_VRING_BASE` or `SET_VRING_ENABLE`.
+pub fn vring_state(index: u32, num: u32) -> Vec<u8> {
+    [index.to_le_bytes(), num.to_le_bytes()].concat()
+}
+
+/// The body of a `GET_CONFIG` or `SET_CONFIG`.
+pub fn config_body(offset: u32, size: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
+    let mut body = Vec::with_capacity(12 + payload.len());
+    for field in [offset, size, flags] {
+        body.extend(field.to_le_bytes());
+    }
+    body.extend(payload);
+    body
+}

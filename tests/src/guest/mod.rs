@@ -260,3 +260,16 @@ fn is_shell_name(name: &str) -> bool {
     name.starts_with(|c: char| c.is_ascii_alphabetic())
         && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
 }
+
+/// Makes two tests of each function that takes a [`Vmm`]: one in the module `qemu`, one in the module `uml`.
+#[macro_export]
+macro_rules! for_both_guests {
+    ($($name:ident),* $(,)?) => {
+        mod qemu {
+            $(#[test] fn $name() { super::$name($crate::guest::Vmm::Qemu) })*
+        }
+        mod uml {
+            $(#[test] fn $name() { super::$name($crate::guest::Vmm::Uml) })*
+        }
+    };
+}

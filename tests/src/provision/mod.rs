@@ -2,7 +2,7 @@
 //!
 //! On a Debian host everything comes from Debian packages that a private apt instance fetches and verifies, unpacked
 //! into a cache outside the source tree; nothing is installed, and an ordinary user can do it. Each part is fetched
-//! when it is first asked for. Which packages these are says [`table`]; where the host's apt gets Debian from is
+//! when it is first asked for. Which packages these are says `table`; where the host's apt gets Debian from is
 //! read from `/etc/apt`.
 //!
 //! Environment variables take precedence, and are the way on other hosts:
@@ -173,7 +173,7 @@ pub fn busybox() -> Result<Program> {
     packaged(&table::BUSYBOX, "busybox", "VHOST_USER_TEST_BUSYBOX")
 }
 
-/// A program for a guest that [`table`] knows, or on a host that is not Debian, that the host has.
+/// A program for a guest that `table` knows, or on a host that is not Debian, that the host has.
 pub fn program(name: &str) -> Result<Program> {
     let component = table::PROGRAMS.iter().find(|component| component.programs.contains(&name));
     let component =
