@@ -63,7 +63,7 @@ pub struct Args {
 pub enum Cache {
     /// Through the host's page cache; durable when the guest flushes
     Writeback,
-    /// Through the host's page cache; every write is durable before it completes
+    /// Through the host's page cache; every write is durable before it completes, whatever the guest chooses
     Writethrough,
     /// Past the host's page cache (O_DIRECT); durable when the guest flushes
     Direct,

@@ -24,7 +24,7 @@ pub struct DiskOptions {
     pub num_queues: u16,
     /// Largest queue size, a power of two.
     pub queue_size: u16,
-    /// Whether writes wait for a flush to become durable, until the driver chooses otherwise.
+    /// Whether writes may wait for a flush to become durable. If so, the driver can choose otherwise.
     pub writeback: bool,
     /// How I/O is done.
     pub engine: EngineChoice,
@@ -38,6 +38,8 @@ pub struct Disk {
     writeback: AtomicBool,
     /// The driver took the feature FLUSH, without which it never flushes.
     flushes: AtomicBool,
+    /// The driver was set up with another process, or migrated here, and may have switched the cache off there.
+    suspected: AtomicBool,
 }
 
 impl Disk {
@@ -47,6 +49,7 @@ impl Disk {
             image: Arc::new(image),
             writeback: AtomicBool::new(options.writeback),
             flushes: AtomicBool::new(true),
+            suspected: AtomicBool::new(false),
             options,
         }
     }
@@ -77,18 +80,28 @@ impl Disk {
     }
 
     /// Whether a write has to be durable when it completes: the cache is off, or the driver has no means to flush it
-    /// (virtio 1.3 text, section 5.2.6.2).
+    /// (virtio 1.3 text, section 5.2.6.2), or it is not known to flush.
     pub fn is_write_through(&self) -> bool {
-        !self.writeback.load(Ordering::Relaxed) || !self.flushes.load(Ordering::Relaxed)
+        !self.has_write_cache() || self.suspected.load(Ordering::Relaxed)
+    }
+
+    fn has_write_cache(&self) -> bool {
+        self.writeback.load(Ordering::Relaxed) && self.flushes.load(Ordering::Relaxed)
+    }
+
+    /// The driver goes on with a ring that it set up before. No front end says again whether the driver has switched the
+    /// cache off; if it has, it never flushes, and all it writes must be durable. Until a flush proves the contrary.
+    pub fn suspect(&self) {
+        self.suspected.store(true, Ordering::Relaxed);
+    }
+
+    /// The driver flushes.
+    pub fn trust(&self) {
+        self.suspected.store(false, Ordering::Relaxed);
     }
 
     fn config(&self) -> BlkConfig {
-        BlkConfig::new(
-            &self.image,
-            self.options.num_queues,
-            self.options.queue_size,
-            !self.is_write_through(),
-        )
+        BlkConfig::new(&self.image, self.options.num_queues, self.options.queue_size, self.has_write_cache())
     }
 }
 
@@ -129,8 +142,12 @@ impl Device for Disk {
     fn write_config(&self, offset: usize, data: &[u8]) -> bool {
         let value = WRITEBACK_OFFSET.checked_sub(offset).and_then(|index| data.get(index));
         match value {
-            Some(value @ (0 | 1)) if !self.image.is_read_only() => {
+            // `--cache writethrough` is the host's decision.
+            Some(value @ (0 | 1))
+                if !self.image.is_read_only() && (*value == 0 || self.options.writeback) =>
+            {
                 self.writeback.store(*value == 1, Ordering::Relaxed);
+                self.trust();
                 true
             }
             _ => false,
@@ -142,10 +159,71 @@ impl Device for Disk {
         // what it has told the driver.
         self.writeback.fetch_and(self.options.writeback, Ordering::Relaxed);
         self.flushes.store(true, Ordering::Relaxed);
+        self.trust();
     }
 
     fn new_worker(self: &Arc<Self>, _index: usize) -> io::Result<BlkWorker> {
         BlkWorker::new(Arc::clone(self), self.options.engine, self.options.queue_size)
             .map_err(io::Error::other)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::ImageOptions;
+
+    fn disk(writeback: bool) -> (Arc<Disk>, tempfile::NamedTempFile) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(4096).unwrap();
+        let options = ImageOptions {
+            path: file.path().to_owned(),
+            read_only: false,
+            direct: false,
+            logical_block_size: None,
+        };
+        let engine = EngineChoice::Sync;
+        let options_of_disk =
+            DiskOptions { serial: [0; ID_BYTES], num_queues: 1, queue_size: 16, writeback, engine };
+        (Arc::new(Disk::new(Image::open(&options).unwrap(), options_of_disk)), file)
+    }
+
+    fn shown(disk: &Disk) -> u8 {
+        let mut field = [9];
+        disk.read_config(WRITEBACK_OFFSET, &mut field);
+        field[0]
+    }
+
+    #[test]
+    fn a_driver_that_went_on_is_trusted_once_it_flushes() {
+        let (disk, _file) = disk(true);
+        assert!(!disk.is_write_through());
+        disk.suspect();
+        assert!(disk.is_write_through());
+        assert_eq!(shown(&disk), 1, "the setting itself is what the front end compares with");
+        disk.trust();
+        assert!(!disk.is_write_through());
+        disk.suspect();
+        assert!(disk.write_config(WRITEBACK_OFFSET, &[1]), "the driver has just said that it flushes");
+        assert!(!disk.is_write_through());
+    }
+
+    #[test]
+    fn what_the_driver_switches_off_stays_off() {
+        let (disk, _file) = disk(true);
+        assert!(disk.write_config(WRITEBACK_OFFSET, &[0]));
+        disk.reset();
+        assert!(disk.is_write_through() && shown(&disk) == 0);
+        assert!(disk.write_config(WRITEBACK_OFFSET, &[1]));
+        assert!(!disk.is_write_through());
+        disk.set_features(0);
+        assert!(disk.is_write_through(), "a driver without FLUSH never flushes");
+    }
+
+    #[test]
+    fn write_through_by_the_host_is_binding() {
+        let (disk, _file) = disk(false);
+        assert!(!disk.write_config(WRITEBACK_OFFSET, &[1]));
+        assert!(disk.is_write_through() && shown(&disk) == 0);
     }
 }

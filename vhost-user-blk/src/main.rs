@@ -22,14 +22,7 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> anyhow::Result<()> {
     args.common.init_log();
     let image = Image::open(&args.image_options())?;
-    info!(
-        "vhost-user-blk {} serves {}: {} bytes in blocks of {}{}",
-        env!("CARGO_PKG_VERSION"),
-        args.blk_file.display(),
-        image.size(),
-        image.logical_block_size(),
-        if image.is_read_only() { ", read-only" } else { "" }
-    );
+    let (size, block_size, read_only) = (image.size(), image.logical_block_size(), image.is_read_only());
     let disk = Arc::new(Disk::new(
         image,
         DiskOptions {
@@ -42,6 +35,14 @@ fn run(args: &Args) -> anyhow::Result<()> {
     ));
     disk.check_engine()?;
     let socket = Socket::open(&args.common)?;
+    info!(
+        "vhost-user-blk {} serves {}: {} bytes in blocks of {}{}",
+        env!("CARGO_PKG_VERSION"),
+        args.blk_file.display(),
+        size,
+        block_size,
+        if read_only { ", read-only" } else { "" }
+    );
     let options = ServeOptions { exit_on_disconnect: args.common.exit_on_disconnect };
     serve(&disk, &ConfigNotifier::default(), &socket, options).context("Serving has ended")
 }

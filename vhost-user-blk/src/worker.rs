@@ -142,6 +142,9 @@ impl BlkWorker {
             room = room.min(CACHED_BATCH);
         }
         let Some(mut batch) = ring.batch() else { return };
+        if batch.is_resumed() {
+            self.disk.suspect();
+        }
         let durable = self.disk.is_write_through();
         while room > 0 {
             let mut task = self.spare.pop().unwrap_or_default();
@@ -176,7 +179,10 @@ impl BlkWorker {
                     let written = task.chain.write(self.disk.serial());
                     self.finish(task, Status::Ok, written as u64, ring);
                 }
-                Step::Execute(_) => {
+                Step::Execute(request) => {
+                    if request == Request::Flush {
+                        self.disk.trust();
+                    }
                     let len = task.data_len();
                     if let Some((task, result)) = self.engine.start(task, alone) {
                         self.complete(task, result, ring);

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
-use vhost_user_backend::{VhostUserBackend, VringT};
+use vhost_user_backend::VhostUserBackend;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
@@ -130,9 +130,6 @@ impl<D: Device> VhostUserBackend for Backend<D> {
     fn reset_device(&self) {
         for index in 0..self.queues.len() {
             self.queue(index).drain();
-            if let Some(vring) = self.vrings[index].get() {
-                vring.set_queue_ready(false);
-            }
         }
         self.device.reset();
     }

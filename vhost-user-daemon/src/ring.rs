@@ -98,6 +98,7 @@ impl Ring {
         // The front end may be exchanging a region; the worker is woken when the memory map is whole again.
         let layout = Layout::resolve(&memory, &state)?;
         let starts = self.vring.starts();
+        let resumed = starts != self.starts && layout.used_idx() != 0;
         if starts != self.starts {
             self.starts = starts;
             let shared = self.shared_inflight.lock().unwrap_or_else(PoisonError::into_inner);
@@ -123,6 +124,7 @@ impl Ring {
             memory,
             layout,
             available,
+            resumed,
             inflight: self.inflight.as_mut(),
             again: &mut self.again,
         })
@@ -243,11 +245,18 @@ pub struct Batch<'a> {
     layout: Layout,
     /// Chains that the guest had made available when the batch began.
     available: u16,
+    resumed: bool,
     inflight: Option<&'a mut InflightQueue>,
     again: &'a mut VecDeque<u16>,
 }
 
 impl Batch<'_> {
+    /// Whether the ring was just started and had been in use before: by a driver that talked to another process, or to
+    /// this one before a pause, and has not set the device up anew.
+    pub fn is_resumed(&self) -> bool {
+        self.resumed
+    }
+
     /// Pops the next chain into `chain`; `None` when there is none.
     ///
     /// A chain that cannot be followed is popped as well, and has to be completed like any other. It has no buffers,

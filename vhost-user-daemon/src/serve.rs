@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -24,6 +24,7 @@ use crate::memory;
 use crate::ring::SharedInflight;
 use crate::socket::Socket;
 use crate::sys;
+use crate::{info_limited, warn_limited};
 
 /// How long requests in flight may take to finish after SIGTERM.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -71,13 +72,13 @@ pub fn serve<D: Device>(
     raise_file_limit();
     let signals = Signals::install().map_err(ServeError::Signals)?;
     notify_supervisor(NotifyState::Ready);
-    let serve_one = |stream: UnixStream| {
+    let serve_one = |stream: UnixStream, queue: Option<&UnixListener>| {
         let connection = Connection::start(device, notifier, stream).map_err(ServeError::Connection)?;
-        serve_connection(connection, &signals).map_err(ServeError::Wait)
+        serve_connection(connection, &signals, queue).map_err(ServeError::Wait)
     };
     match socket {
         Socket::Connected(stream) => {
-            serve_one(stream.try_clone().map_err(ServeError::Connection)?)?;
+            serve_one(stream.try_clone().map_err(ServeError::Connection)?, None)?;
             Ok(())
         }
         Socket::Listening(listener) => loop {
@@ -86,7 +87,7 @@ pub fn serve<D: Device>(
             }
             match listener.accept() {
                 Ok((stream, _)) => {
-                    if serve_one(stream)? == Ended::Signal || options.exit_on_disconnect {
+                    if serve_one(stream, Some(listener))? == Ended::Signal || options.exit_on_disconnect {
                         return Ok(());
                     }
                 }
@@ -111,11 +112,24 @@ enum Ended {
     Signal,
 }
 
-fn serve_connection<D: Device>(connection: Connection<D>, signals: &Signals) -> io::Result<Ended> {
-    info!("A front end has connected");
-    let ended = match wait(&[signals.as_fd(), connection.ended.as_fd()])? {
-        0 => Ended::Signal,
-        _ => Ended::Disconnect,
+/// Serves one front end; others that come to `queue` meanwhile wait there.
+fn serve_connection<D: Device>(
+    connection: Connection<D>,
+    signals: &Signals,
+    queue: Option<&UnixListener>,
+) -> io::Result<Ended> {
+    info_limited!("A front end has connected");
+    let mut fds = vec![signals.as_fd(), connection.ended.as_fd()];
+    fds.extend(queue.map(AsFd::as_fd));
+    let ended = loop {
+        match wait(&fds)? {
+            0 => break Ended::Signal,
+            1 => break Ended::Disconnect,
+            _ => {
+                info_limited!("Another front end waits until this one leaves");
+                fds.pop();
+            }
+        }
     };
     if ended == Ended::Signal {
         info!("Asked to end: completing what is in flight");
@@ -236,8 +250,8 @@ impl<D: Device> Connection<D> {
         // Fails when the front end was first.
         let _ = self.front.shutdown(std::net::Shutdown::Both);
         match self.link.join() {
-            Ok(Ok(())) => info!("The front end has left"),
-            Ok(Err(error)) => warn!("The connection to the front end has ended: {error}"),
+            Ok(Ok(())) => info_limited!("The front end has left"),
+            Ok(Err(error)) => warn_limited!("The connection to the front end has ended: {error}"),
             Err(_) => error!("The connection to the front end has ended by a bug"),
         }
         // The link closed the private socket, which ends the daemon's thread. Its error says just that.

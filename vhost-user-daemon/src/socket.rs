@@ -169,7 +169,7 @@ pub enum SocketError {
     },
 
     /// Something that is not a socket stands at the path.
-    #[error("{} is a {kind}, not a socket: remove it or choose another --socket-path", path.display())]
+    #[error("{} is a {kind}, not a socket: choose another --socket-path", path.display())]
     Occupied {
         /// The path of the socket.
         path: PathBuf,

@@ -9,7 +9,7 @@ mod sys;
 mod uring;
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -44,7 +44,7 @@ pub struct ImageOptions {
 #[derive(Debug, Error)]
 pub enum ImageError {
     /// The path cannot be opened.
-    #[error("Disk image {path} cannot be opened")]
+    #[error("Disk image {path} cannot be opened: check that it exists, and who may open it")]
     Open {
         /// As given.
         path: PathBuf,
@@ -66,6 +66,16 @@ pub enum ImageError {
         path: PathBuf,
         /// What it is.
         kind: &'static str,
+    },
+    /// Another format than raw, which the guest would overwrite.
+    #[error(
+        "Disk image {path} is in the format {format}, only raw is served: `qemu-img convert -O raw` makes one"
+    )]
+    Format {
+        /// As given.
+        path: PathBuf,
+        /// Its name.
+        format: &'static str,
     },
     /// Nothing can be stored.
     #[error(
@@ -182,6 +192,9 @@ impl Image {
             Err(source) => return Err(ImageError::Lock { path: path(), source }),
         }
 
+        if let Some(format) = other_format(&options.path).map_err(probe)? {
+            return Err(ImageError::Format { path: path(), format });
+        }
         let direct = options.direct.then(|| direct_alignment(&file, kind)).transpose().map_err(probe)?;
         let (device_logical, physical_block_size) = match kind {
             Kind::File => (SECTOR as u32, file.metadata().map_err(probe)?.blksize() as u32),
@@ -273,6 +286,17 @@ fn check_kind(path: &Path) -> Result<Kind, ImageError> {
     Err(ImageError::Kind { path: path.to_owned(), kind })
 }
 
+/// Whether the image begins as one of another format does. Serving it as raw would show the guest nonsense, and its first
+/// write would destroy what is in it.
+fn other_format(path: &Path) -> io::Result<Option<&'static str>> {
+    const FORMATS: [(&[u8], &str); 4] =
+        [(b"QFI\xfb", "qcow2"), (b"KDMV", "vmdk"), (b"vhdxfile", "vhdx"), (b"conectix", "vpc")];
+    // Not through the image's own descriptor, which may ask for aligned reads.
+    let mut start = Vec::new();
+    File::open(path)?.take(8).read_to_end(&mut start)?;
+    Ok(FORMATS.iter().find(|(magic, _)| start.starts_with(magic)).map(|(_, name)| *name))
+}
+
 /// What O_DIRECT asks for on this file: statx(2) says it, or else the block size of the device.
 fn direct_alignment(file: &File, kind: Kind) -> io::Result<DirectAlignment> {
     let stat = statx(file, c"", AtFlags::EMPTY_PATH, STATX_DIOALIGN)?;
@@ -357,6 +381,14 @@ mod tests {
             Image::open(&options(&directory.path().join("none"))),
             Err(ImageError::Open { .. })
         ));
+    }
+
+    #[test]
+    fn other_formats_are_not_taken_for_raw() {
+        let file = image_of(4096);
+        std::fs::write(file.path(), [b"QFI\xfb".as_slice(), &[0; 4092]].concat()).unwrap();
+        let result = Image::open(&options(file.path()));
+        assert!(matches!(result, Err(ImageError::Format { format: "qcow2", .. })));
     }
 
     #[test]

@@ -31,11 +31,12 @@ struct Added {
     region: Region,
 }
 
-/// A `SET_MEM_TABLE` of exactly the regions that it is about, sorted by guest address.
+/// A `SET_MEM_TABLE` of exactly the regions that it is about, sorted by guest address; and these regions, each as the
+/// body of an `ADD_MEM_REG`.
 ///
 /// Gaps of vhost and vm-memory: User Mode Linux (6.12) always sends room for two regions, and no order is demanded by the
 /// text, but the stock crates insist on both.
-pub(super) fn table(message: &Message) -> Result<Message, Refusal> {
+pub(super) fn table(message: &Message) -> Result<(Message, Vec<Vec<u8>>), Refusal> {
     let count = body_prefix::<u32>(message)? as usize;
     let regions = message.body.get(HEAD..).unwrap_or_default();
     let (regions, _) = <[Region]>::ref_from_prefix_with_elems(regions, count)
@@ -53,7 +54,19 @@ pub(super) fn table(message: &Message) -> Result<Message, Refusal> {
         // Out of file descriptors is the only way to fail.
         fds.push(fd.try_clone().map_err(|error| Refusal::new(format!("Region cannot be mapped: {error}")))?);
     }
-    Ok(Message { request: message.request, need_reply: message.need_reply, body, fds })
+    let added = regions.iter().map(|region| Added { padding: [0; HEAD], region: *region }.as_bytes().into());
+    let added = added.collect();
+    Ok((Message { request: message.request, need_reply: message.need_reply, body, fds }, added))
+}
+
+/// Whether two bodies of `ADD_MEM_REG` or `REM_MEM_REG` are about the same part of guest memory.
+pub(super) fn is_same(left: &[u8], right: &[u8]) -> bool {
+    match (Added::read_from_bytes(left), Added::read_from_bytes(right)) {
+        (Ok(Added { region: left, .. }), Ok(Added { region: right, .. })) => {
+            (left.guest_address, left.size) == (right.guest_address, right.size)
+        }
+        _ => false,
+    }
 }
 
 /// Checks the region of an `ADD_MEM_REG`.

@@ -19,8 +19,10 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, PoisonError};
 
-use log::{debug, info};
-use vhost::vhost_user::message::{VhostUserProtocolFeatures as ProtocolFeatures, VhostUserVirtioFeatures};
+use log::debug;
+use vhost::vhost_user::message::{
+    FrontendReq, VhostUserProtocolFeatures as ProtocolFeatures, VhostUserVirtioFeatures,
+};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 pub use self::channel::ConfigNotifier;
@@ -30,7 +32,7 @@ use crate::device::Device;
 use crate::dirty::DirtyLog;
 use crate::inflight::{self, InflightMemory};
 use crate::ring::SharedInflight;
-use crate::warn_limited;
+use crate::{info_limited, warn_limited};
 
 /// Numbers of the requests that the link looks at (vhost-user text, "Front-end message types").
 mod request {
@@ -155,6 +157,10 @@ pub(crate) struct Link<D: Device> {
     features: u64,
     protocol_features: ProtocolFeatures,
     acked_protocol_features: ProtocolFeatures,
+    /// What the driver took at last: firmware takes less than the system after it.
+    acked_features: u64,
+    /// The memory regions of the moment, as bodies of `ADD_MEM_REG`.
+    regions: Vec<Vec<u8>>,
     /// `SET_FEATURES` was relayed, so that the stock crates accept `SET_VRING_ENABLE`.
     features_set: bool,
     /// `SET_OWNER` was relayed; the stock crates refuse a second one.
@@ -186,6 +192,8 @@ impl<D: Device> Link<D> {
             inflight,
             notifier,
             features: 0,
+            acked_features: 0,
+            regions: Vec::new(),
             protocol_features: ProtocolFeatures::empty(),
             acked_protocol_features: ProtocolFeatures::empty(),
             features_set: false,
@@ -243,7 +251,7 @@ impl<D: Device> Link<D> {
                 Err(refusal) => Some(refusal),
             };
             if let Some(Refusal { reason, .. }) = &refusal {
-                warn_limited!("Message {request} of the front end is refused: {reason}");
+                warn_limited!("Message {} of the front end is refused: {reason}", request_name(request));
             }
             // There is no way to say no to a request that has a reply of its own.
             if !has_reply && need_reply && self.acked_protocol_features.contains(ProtocolFeatures::REPLY_ACK)
@@ -282,7 +290,13 @@ impl<D: Device> Link<D> {
             // SET_LOG_FD is a gap of vhost: not known. It brings an eventfd for errors of logging, of which there are
             // none here, and no front end waits for it.
             request::RESET_OWNER | request::SET_LOG_FD => Ok(Answer::Done),
-            request::SET_OWNER if self.owned => Ok(Answer::Done),
+            // QEMU keeps the connection when a device is unplugged; with the next one it starts from nothing.
+            request::SET_OWNER if self.owned => {
+                for region in std::mem::take(&mut self.regions) {
+                    self.relay(Message::new(request::REM_MEM_REG, region))?;
+                }
+                Ok(Answer::Done)
+            }
             request::SET_OWNER => {
                 self.owned = true;
                 self.relay(message).map(|()| Answer::Done)
@@ -316,24 +330,15 @@ impl<D: Device> Link<D> {
                 }
                 self.relay(message).map(|()| Answer::Done)
             }
+            request::SET_VRING_ADDR if self.regions.is_empty() => Err(Refusal::new(
+                "The front end has not shared the guest's memory (QEMU: a memory backend with share=on)",
+            )),
             request::SET_VRING_ADDR | request::SET_VRING_BASE => {
                 self.check_queue(body_prefix::<u32>(&message)?)?;
                 self.relay(message).map(|()| Answer::Done)
             }
             request::SET_VRING_KICK | request::SET_VRING_CALL | request::SET_VRING_ERR => {
-                let value = body::<u64>(&message)?;
-                let index = (value & 0xff) as u32;
-                self.check_queue(index)?;
-                if (value & NO_FD == 0) != (message.fds.len() == 1) {
-                    return Err(Refusal::new(format!("Ring message with {} files", message.fds.len())));
-                }
-                if message.request == request::SET_VRING_KICK && self.enabled[index as usize] {
-                    // Gap of vhost-user-backend: it looks at the new eventfd only when a ring starts.
-                    self.enable_ring(index, false)?;
-                    self.relay(message)?;
-                    return self.enable_ring(index, true).map(|()| Answer::Done);
-                }
-                self.relay(message).map(|()| Answer::Done)
+                self.set_vring_file(message)
             }
             request::SET_VRING_ENABLE => self.set_vring_enable(&message),
             request::GET_VRING_BASE => {
@@ -342,24 +347,57 @@ impl<D: Device> Link<D> {
             }
             request::GET_MAX_MEM_SLOTS => self.relay_for_reply(&message).map(Answer::Reply),
             request::SET_MEM_TABLE => {
-                let message = memory::table(&message)?;
-                self.relay(message).map(|()| Answer::Done)
+                let (message, regions) = memory::table(&message)?;
+                self.relay(message)?;
+                self.regions = regions;
+                Ok(Answer::Done)
             }
             request::ADD_MEM_REG => {
                 memory::check_added(&message)?;
-                self.relay(message).map(|()| Answer::Done)
-            }
-            request::REM_MEM_REG => self.relay(message).map(|()| Answer::Done),
-            request::RESET_DEVICE => {
+                let region = message.body.clone();
                 self.relay(message)?;
-                self.features_set = false;
-                self.enabled.fill(false);
-                self.status = 0;
-                self.log.set_enabled(false);
+                self.regions.push(region);
                 Ok(Answer::Done)
             }
+            request::REM_MEM_REG => {
+                let region = message.body.clone();
+                self.relay(message)?;
+                self.regions.retain(|known| !memory::is_same(known, &region));
+                Ok(Answer::Done)
+            }
+            request::RESET_DEVICE => self.reset_device(message),
             _ => Err(Refusal::new("It is not known, or belongs to a feature that is not offered")),
         }
+    }
+
+    fn set_vring_file(&mut self, message: Message) -> Result<Answer, Refusal> {
+        let value = body::<u64>(&message)?;
+        let index = (value & 0xff) as u32;
+        self.check_queue(index)?;
+        if (value & NO_FD == 0) != (message.fds.len() == 1) {
+            return Err(Refusal::new(format!("Ring message with {} files", message.fds.len())));
+        }
+        if message.request == request::SET_VRING_KICK && self.enabled[index as usize] {
+            // Gap of vhost-user-backend: it looks at the new eventfd only when a ring starts.
+            self.enable_ring(index, false)?;
+            self.relay(message)?;
+            return self.enable_ring(index, true).map(|()| Answer::Done);
+        }
+        self.relay(message).map(|()| Answer::Done)
+    }
+
+    fn reset_device(&mut self, message: Message) -> Result<Answer, Refusal> {
+        self.relay(message)?;
+        // Gap of vhost-user-backend: a ring that was reset would go on with its old addresses when it is enabled.
+        for index in 0..self.device.num_queues() as u32 {
+            let state = VringState { index, num: 0 };
+            self.relay_for_reply(&Message::new(request::GET_VRING_BASE, state.as_bytes()))?;
+        }
+        self.features_set = false;
+        self.enabled.fill(false);
+        self.status = 0;
+        self.log.set_enabled(false);
+        Ok(Answer::Done)
     }
 
     fn set_features(&mut self, message: &Message) -> Result<Answer, Refusal> {
@@ -372,9 +410,10 @@ impl<D: Device> Link<D> {
         // enables the rings itself, as the text demands for a front end without it. (User Mode Linux sets the features
         // a second time, and forgets the bit.)
         self.relay(Message::new(request::SET_FEATURES, (acked | protocol).as_bytes()))?;
-        if !self.features_set {
-            info!("The driver took features {acked:#x} of {:#x}", self.features);
+        if self.acked_features != acked {
+            info_limited!("The driver took features {acked:#x} of {:#x}", self.features);
         }
+        self.acked_features = acked;
         self.features_set = true;
         self.log.set_enabled(acked & VhostUserVirtioFeatures::LOG_ALL.bits() != 0);
         let mut enables = std::mem::take(&mut self.early_enables);
@@ -489,7 +528,7 @@ impl<D: Device> Link<D> {
         message.need_reply = true;
         match self.ask_inner::<u64>(&message) {
             Ok(0) => Ok(()),
-            Ok(_) => Err(Refusal::fatal("It is invalid in this place")),
+            Ok(_) => Err(Refusal::fatal("It does not fit what came before it")),
             Err(error) => Err(Refusal::fatal(format!("The daemon has closed the connection: {error}"))),
         }
     }
@@ -499,7 +538,7 @@ impl<D: Device> Link<D> {
         let reply = message.send(&self.inner).and_then(|()| Message::receive(&self.inner));
         match reply {
             Ok(Some(reply)) => Ok(reply.body),
-            Ok(None) => Err(Refusal::fatal("It is invalid in this place")),
+            Ok(None) => Err(Refusal::fatal("It does not fit what came before it")),
             Err(error) => Err(Refusal::fatal(format!("The daemon has closed the connection: {error}"))),
         }
     }
@@ -510,6 +549,11 @@ impl<D: Device> Link<D> {
             .and_then(|reply| reply.body_as())
             .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
     }
+}
+
+/// The name of a request in the text, or its number.
+fn request_name(request: u32) -> String {
+    FrontendReq::try_from(request).map_or_else(|()| request.to_string(), |known| format!("{known:?}"))
 }
 
 /// Whether file descriptors belong to the request.

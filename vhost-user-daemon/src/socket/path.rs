@@ -355,7 +355,7 @@ mod tests {
         let (directory, path) = place();
         fs::write(&path, "precious").unwrap();
         let error = listen(&path, None).unwrap_err().to_string();
-        assert!(error.contains("a.sock is a regular file, not a socket: remove it or choose"), "{error}");
+        assert!(error.contains("a.sock is a regular file, not a socket: choose"), "{error}");
         assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
 
         fs::remove_file(&path).unwrap();
