@@ -560,3 +560,40 @@ fn a_ring_that_is_restarted_again_and_again_loses_nothing() -> Result<()> {
     assert!(after.threads <= before.threads, "threads leak: {before:?} -> {after:?}");
     Ok(())
 }
+
+/// QEMU keeps the connection when a device is unplugged, and announces everything anew for the next one: `SET_OWNER`
+/// once more, and the memory that the daemon still has.
+#[test]
+fn a_device_that_is_plugged_again_starts_from_nothing() -> Result<()> {
+    let mut setup = RawSetup::new(
+        &[],
+        &RawOptions::default()
+            .layout(Layout::TwoWithGap)
+            .with_protocol(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS),
+    )?;
+    for round in 0..3 {
+        setup.check_alive().with_context(|| format!("round {round}"))?;
+        setup.device.frontend.get_vring_base(0)?;
+        let owner = FrontendReq::SET_OWNER as u32;
+        assert_eq!(setup.device.wire.acknowledged(owner, &[], &[])?, 0, "round {round}");
+        for region in setup.device.memory().table() {
+            setup.device.frontend.add_mem_region(&region).with_context(|| format!("round {round}"))?;
+        }
+        setup.ring = setup.device.ring(0, RawSetup::RING_SIZE)?;
+    }
+    Ok(())
+}
+
+/// QEMU without `share=on` has no memory to announce, and tries again and again.
+#[test]
+fn memory_that_is_not_shared_is_named_as_the_cause() -> Result<()> {
+    let fixture = BlkFixture::new::<&str>([])?;
+    let mut device = fixture.raw(&RawOptions::default())?;
+    let nothing = [0; 8];
+    let table = FrontendReq::SET_MEM_TABLE as u32;
+    assert_eq!(device.wire.acknowledged(table, &nothing, &[])?, 0, "a table of no regions");
+    assert!(device.ring(0, RawSetup::RING_SIZE).is_err());
+    fixture.daemon.wait_stderr("share=on", PATIENCE)?;
+    device.blk_config()?;
+    Ok(())
+}

@@ -291,12 +291,7 @@ impl<D: Device> Link<D> {
             // none here, and no front end waits for it.
             request::RESET_OWNER | request::SET_LOG_FD => Ok(Answer::Done),
             // QEMU keeps the connection when a device is unplugged; with the next one it starts from nothing.
-            request::SET_OWNER if self.owned => {
-                for region in std::mem::take(&mut self.regions) {
-                    self.relay(Message::new(request::REM_MEM_REG, region))?;
-                }
-                Ok(Answer::Done)
-            }
+            request::SET_OWNER if self.owned => self.forget_memory(),
             request::SET_OWNER => {
                 self.owned = true;
                 self.relay(message).map(|()| Answer::Done)
@@ -346,6 +341,8 @@ impl<D: Device> Link<D> {
                 self.relay_for_reply(&message).map(Answer::Reply)
             }
             request::GET_MAX_MEM_SLOTS => self.relay_for_reply(&message).map(Answer::Reply),
+            // Gap of vhost: it wants at least one.
+            request::SET_MEM_TABLE if body_prefix::<u32>(&message)? == 0 => self.forget_memory(),
             request::SET_MEM_TABLE => {
                 let (message, regions) = memory::table(&message)?;
                 self.relay(message)?;
@@ -368,6 +365,13 @@ impl<D: Device> Link<D> {
             request::RESET_DEVICE => self.reset_device(message),
             _ => Err(Refusal::new("It is not known, or belongs to a feature that is not offered")),
         }
+    }
+
+    fn forget_memory(&mut self) -> Result<Answer, Refusal> {
+        for region in std::mem::take(&mut self.regions) {
+            self.relay(Message::new(request::REM_MEM_REG, region))?;
+        }
+        Ok(Answer::Done)
     }
 
     fn set_vring_file(&mut self, message: Message) -> Result<Answer, Refusal> {
