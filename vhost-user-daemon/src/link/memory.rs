@@ -7,8 +7,8 @@ use std::os::fd::OwnedFd;
 use rustix::fs::{FileType, fstat};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use super::message::{Refusal, body, body_prefix};
 use super::wire::Message;
-use super::{Refusal, body, body_prefix};
 
 /// A part of guest memory, and the file that it is mapped from.
 #[derive(Clone, Copy, Debug, FromBytes, Immutable, IntoBytes, KnownLayout)]

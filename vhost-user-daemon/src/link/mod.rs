@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! front end <── socket ──> Link ──> private socket ──> VhostUserDaemon
-//!                           └ protocol features, configuration space, dirty log, backend channel
+//!                           └ protocol features, configuration space, dirty log, chains in flight, backend channel
 //! ```
 //!
 //! The stock crates close the connection at the first request that fails, also when a guest can provoke it. The link
@@ -12,6 +12,7 @@
 mod channel;
 mod inner;
 mod memory;
+mod message;
 mod wire;
 
 use std::io;
@@ -20,52 +21,21 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, PoisonError};
 
 use log::debug;
-use vhost::vhost_user::message::{
-    FrontendReq, VhostUserProtocolFeatures as ProtocolFeatures, VhostUserVirtioFeatures,
-};
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+use vhost::vhost_user::message::{VhostUserProtocolFeatures as ProtocolFeatures, VhostUserVirtioFeatures};
+use zerocopy::{FromBytes, IntoBytes};
 
 pub use self::channel::ConfigNotifier;
 pub(crate) use self::inner::pair;
+use self::message::{
+    ConfigHeader, InflightBody, LogBase, NO_FD, Refusal, VringState, body, body_prefix, config_message,
+    inflight_body, request, request_name, single_fd, takes_files,
+};
 use self::wire::Message;
 use crate::device::Device;
 use crate::dirty::DirtyLog;
 use crate::inflight::{self, InflightMemory};
 use crate::ring::SharedInflight;
 use crate::{info_limited, warn_limited};
-
-/// Numbers of the requests that the link looks at (vhost-user text, "Front-end message types").
-mod request {
-    pub const GET_FEATURES: u32 = 1;
-    pub const SET_FEATURES: u32 = 2;
-    pub const SET_OWNER: u32 = 3;
-    pub const RESET_OWNER: u32 = 4;
-    pub const SET_MEM_TABLE: u32 = 5;
-    pub const SET_LOG_BASE: u32 = 6;
-    pub const SET_LOG_FD: u32 = 7;
-    pub const SET_VRING_NUM: u32 = 8;
-    pub const SET_VRING_ADDR: u32 = 9;
-    pub const SET_VRING_BASE: u32 = 10;
-    pub const GET_VRING_BASE: u32 = 11;
-    pub const SET_VRING_KICK: u32 = 12;
-    pub const SET_VRING_CALL: u32 = 13;
-    pub const SET_VRING_ERR: u32 = 14;
-    pub const GET_PROTOCOL_FEATURES: u32 = 15;
-    pub const SET_PROTOCOL_FEATURES: u32 = 16;
-    pub const GET_QUEUE_NUM: u32 = 17;
-    pub const SET_VRING_ENABLE: u32 = 18;
-    pub const SET_BACKEND_REQ_FD: u32 = 21;
-    pub const GET_CONFIG: u32 = 24;
-    pub const SET_CONFIG: u32 = 25;
-    pub const GET_INFLIGHT_FD: u32 = 31;
-    pub const SET_INFLIGHT_FD: u32 = 32;
-    pub const RESET_DEVICE: u32 = 34;
-    pub const GET_MAX_MEM_SLOTS: u32 = 36;
-    pub const ADD_MEM_REG: u32 = 37;
-    pub const REM_MEM_REG: u32 = 38;
-    pub const SET_STATUS: u32 = 39;
-    pub const GET_STATUS: u32 = 40;
-}
 
 /// Protocol features that the link serves by itself.
 const OWN_PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::REPLY_ACK
@@ -75,49 +45,6 @@ const OWN_PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::REPLY_ACK
     .union(ProtocolFeatures::INFLIGHT_SHMFD)
     .union(ProtocolFeatures::BACKEND_REQ);
 
-/// The largest configuration space (vhost-user text, "Virtio device config space").
-const MAX_CONFIG: usize = 256;
-
-/// Bit 8 of a `SET_VRING_KICK`, `CALL` or `ERR`: no file descriptor comes along.
-const NO_FD: u64 = 1 << 8;
-
-/// `vhost_vring_state`.
-#[derive(Clone, Copy, FromBytes, Immutable, IntoBytes, KnownLayout)]
-#[repr(C)]
-struct VringState {
-    index: u32,
-    num: u32,
-}
-
-/// The head of a configuration space message.
-#[derive(Clone, Copy, FromBytes, Immutable, IntoBytes, KnownLayout)]
-#[repr(C)]
-struct ConfigHeader {
-    offset: u32,
-    size: u32,
-    flags: u32,
-}
-
-/// The body of `SET_LOG_BASE`.
-#[derive(Clone, Copy, FromBytes, Immutable, IntoBytes, KnownLayout)]
-#[repr(C)]
-struct LogBase {
-    size: u64,
-    offset: u64,
-}
-
-/// The body of `GET_INFLIGHT_FD` and `SET_INFLIGHT_FD`.
-#[derive(Clone, Copy, FromBytes, Immutable, IntoBytes, KnownLayout)]
-#[repr(C)]
-struct InflightBody {
-    mmap_size: u64,
-    mmap_offset: u64,
-    num_queues: u16,
-    queue_size: u16,
-    /// The structure is packed in the text, but QEMU sends it with the padding of C.
-    padding: [u8; 4],
-}
-
 /// What the link says to a request.
 enum Answer {
     /// The reply that belongs to this request.
@@ -126,24 +53,6 @@ enum Answer {
     ReplyWithFile(Vec<u8>, OwnedFd),
     /// Done: acknowledged if the front end asked for that.
     Done,
-}
-
-/// Why a request is refused. It is acknowledged with an error.
-#[derive(Debug)]
-struct Refusal {
-    reason: String,
-    /// The stock daemon refused it, and has closed its end; otherwise the connection lives on.
-    fatal: bool,
-}
-
-impl Refusal {
-    fn new(reason: impl Into<String>) -> Self {
-        Self { reason: reason.into(), fatal: false }
-    }
-
-    fn fatal(reason: impl Into<String>) -> Self {
-        Self { reason: reason.into(), fatal: true }
-    }
 }
 
 /// The front end's side of one connection.
@@ -553,65 +462,4 @@ impl<D: Device> Link<D> {
             .and_then(|reply| reply.body_as())
             .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
     }
-}
-
-/// The name of a request in the text, or its number.
-fn request_name(request: u32) -> String {
-    FrontendReq::try_from(request).map_or_else(|()| request.to_string(), |known| format!("{known:?}"))
-}
-
-/// Whether file descriptors belong to the request.
-fn takes_files(request: u32) -> bool {
-    matches!(
-        request,
-        request::SET_MEM_TABLE
-            | request::SET_LOG_BASE
-            | request::SET_VRING_KICK
-            | request::SET_VRING_CALL
-            | request::SET_VRING_ERR
-            | request::SET_BACKEND_REQ_FD
-            | request::SET_INFLIGHT_FD
-            | request::ADD_MEM_REG
-    )
-}
-
-/// The body of `message`, which has to have exactly the size of `T`.
-fn body<T: FromBytes>(message: &Message) -> Result<T, Refusal> {
-    message.body_as().ok_or_else(|| Refusal::new(format!("Body of {} bytes", message.body.len())))
-}
-
-/// The body of a message about chains in flight, with or without its padding.
-fn inflight_body(message: &Message) -> Result<InflightBody, Refusal> {
-    let mut whole = [0; size_of::<InflightBody>()];
-    let len = message.body.len();
-    if len != whole.len() && len != std::mem::offset_of!(InflightBody, padding) {
-        return Err(Refusal::new(format!("Body of {len} bytes")));
-    }
-    whole[..len].copy_from_slice(&message.body);
-    Ok(zerocopy::transmute!(whole))
-}
-
-/// The start of the body of `message`.
-fn body_prefix<T: FromBytes>(message: &Message) -> Result<T, Refusal> {
-    T::read_from_prefix(&message.body)
-        .map(|(value, _)| value)
-        .map_err(|_| Refusal::new(format!("Body of {} bytes", message.body.len())))
-}
-
-/// The only file descriptor of `message`.
-fn single_fd(mut message: Message) -> Result<OwnedFd, Refusal> {
-    match message.fds.pop() {
-        Some(fd) if message.fds.is_empty() => Ok(fd),
-        _ => Err(Refusal::new("One file has to come with it")),
-    }
-}
-
-/// Head and payload of a configuration space message.
-fn config_message(message: &Message) -> Result<(ConfigHeader, &[u8]), Refusal> {
-    let (header, payload) = ConfigHeader::ref_from_prefix(&message.body)
-        .map_err(|_| Refusal::new(format!("Body of {} bytes", message.body.len())))?;
-    if header.size as usize != payload.len() || payload.len() > MAX_CONFIG {
-        return Err(Refusal::new(format!("{} bytes of configuration in {}", header.size, payload.len())));
-    }
-    Ok((*header, payload))
 }
