@@ -66,6 +66,9 @@ pub trait Worker: Send + 'static {
     /// comes first. Called only while something is in flight. `kick` is not to be read.
     ///
     /// Returning early is no error, and neither is missing a kick: it is looked for again.
+    ///
+    /// It is the worker that waits, and not the thread's epoll: an io_uring completion interrupts epoll_wait(2) with
+    /// EINTR before it can be seen there, which costs two system calls more for each wake-up.
     fn wait(&mut self, timeout: Duration, kick: Option<&Arc<OwnedFd>>);
 }
 
