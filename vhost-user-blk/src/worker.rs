@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use vhost_user_daemon::{Chain, Progress, Ring, Worker, warn_limited};
+use vhost_user_daemon::{Chain, Progress, Ring, SharedRing, Worker, warn_limited};
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::device::Disk;
@@ -244,7 +244,9 @@ impl BlkWorker {
 }
 
 impl Worker for BlkWorker {
-    fn pass(&mut self, ring: &mut Ring) -> Progress {
+    fn pass(&mut self, rings: &[SharedRing]) -> Progress {
+        let [ring] = rings else { return Progress::Idle };
+        let ring = &mut *ring.lock();
         let reaped = self.reap(ring);
         let full = self.engine.in_flight() >= self.depth;
         self.pop(ring);
@@ -259,6 +261,7 @@ impl Worker for BlkWorker {
                 self.reap(ring);
             }
         }
+        ring.publish();
         match (reaped || popped, full) {
             (true, _) => Progress::Busy,
             (false, true) => Progress::Full,

@@ -1,21 +1,22 @@
-//! Joins a [`Device`] to `vhost-user-backend`: one worker thread for each queue, started, drained and stopped here.
+//! Joins a [`Device`] to `vhost-user-backend`: one thread for each worker, started, drained and stopped here.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
-use vhost_user_backend::VhostUserBackend;
+use vhost_user_backend::{VhostUserBackend, VhostUserDaemon};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::TRANSPORT_FEATURES;
 use crate::device::{Device, Progress, Worker};
 use crate::dirty::DirtyLog;
 use crate::memory::SharedMemory;
-use crate::ring::{Ring, SharedInflight};
+use crate::ring::{Ring, SharedInflight, SharedRing};
 use crate::vring::Vring;
 
 /// How long one wait for requests in flight lasts before the worker looks whether it is to stop.
@@ -24,32 +25,38 @@ const WAIT_SLICE: Duration = Duration::from_millis(100);
 /// The back end of one connection.
 pub(crate) struct Backend<D: Device> {
     device: Arc<D>,
+    num_queues: usize,
+    queues_per_worker: usize,
     memory: SharedMemory,
     log: Arc<DirtyLog>,
     inflight: SharedInflight,
     /// Set once, at the end of the connection: nothing is popped any more.
     stopped: Arc<AtomicBool>,
-    queues: Vec<Mutex<Queue<D::Worker>>>,
-    /// The rings that were looked at so far.
-    vrings: Vec<OnceLock<Vring>>,
+    groups: Vec<Group<D::Worker>>,
     exit_events: Mutex<Vec<RawFd>>,
 }
 
-/// A worker, and its ring once the ring was looked at for the first time.
-struct Queue<W> {
-    worker: W,
-    ring: Option<Ring>,
+/// A worker with its queues, and how the control plane gets at it.
+struct Group<W> {
+    queues: Mutex<Queues<W>>,
+    /// Makes the worker look at its queues again.
+    nudge: EventFd,
+    /// How many want the worker to let go of its queues.
+    claims: AtomicUsize,
 }
 
-impl<W: Worker> Queue<W> {
-    /// Completes all that is in flight, and leaves the ring as one that another back end can take over.
+/// A worker, and its rings once they were looked at for the first time.
+struct Queues<W> {
+    worker: W,
+    rings: Vec<SharedRing>,
+}
+
+impl<W: Worker> Queues<W> {
+    /// Completes all that is in flight.
     fn drain(&mut self) {
-        let Some(ring) = &mut self.ring else { return };
         loop {
-            self.worker.pass(ring);
-            ring.publish();
+            self.worker.pass(&self.rings);
             if self.worker.in_flight() == 0 {
-                ring.release();
                 return;
             }
             self.worker.wait(WAIT_SLICE, None);
@@ -57,8 +64,28 @@ impl<W: Worker> Queue<W> {
     }
 }
 
+impl<W: Worker> Group<W> {
+    fn lock(&self) -> MutexGuard<'_, Queues<W>> {
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the queues from the worker, in the middle of its work if need be, which it goes on with afterwards.
+    fn claim<T>(&self, act: impl FnOnce(&mut Queues<W>) -> T) -> T {
+        self.claims.fetch_add(1, Ordering::SeqCst);
+        let result = act(&mut self.lock());
+        self.claims.fetch_sub(1, Ordering::SeqCst);
+        self.nudge();
+        result
+    }
+
+    fn nudge(&self) {
+        // Full means that it is nudged already.
+        let _ = self.nudge.write(1);
+    }
+}
+
 impl<D: Device> Backend<D> {
-    /// The back end for a new connection of `device`, with a fresh worker for each queue.
+    /// The back end for a new connection of `device`, with fresh workers.
     pub fn new(
         device: Arc<D>,
         memory: SharedMemory,
@@ -66,27 +93,55 @@ impl<D: Device> Backend<D> {
         inflight: SharedInflight,
     ) -> io::Result<Self> {
         device.reset();
-        let queues: Vec<_> = (0..device.num_queues())
-            .map(|index| Ok(Mutex::new(Queue { worker: device.new_worker(index)?, ring: None })))
+        let (num_queues, queues_per_worker) = (device.num_queues(), device.queues_per_worker());
+        let groups = (0..num_queues.div_ceil(queues_per_worker))
+            .map(|index| {
+                Ok(Group {
+                    queues: Mutex::new(Queues { worker: device.new_worker(index)?, rings: Vec::new() }),
+                    nudge: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+                    claims: AtomicUsize::new(0),
+                })
+            })
             .collect::<io::Result<_>>()?;
-        let vrings = (0..queues.len()).map(|_| OnceLock::new()).collect();
         Ok(Self {
             device,
+            num_queues,
+            queues_per_worker,
             memory,
             log,
             inflight,
             stopped: Arc::default(),
-            queues,
-            vrings,
+            groups,
             exit_events: Mutex::default(),
         })
+    }
+
+    /// Watches what workers wait for besides kicks, in the threads of `daemon`.
+    pub fn watch(&self, daemon: &VhostUserDaemon<Arc<Self>>) -> io::Result<()> {
+        for (group, handler) in self.groups.iter().zip(daemon.get_epoll_handlers()) {
+            // The crate keeps the numbers up to the number of queues for itself.
+            let nudged = self.num_queues as u64 + 1;
+            handler.register_listener(group.nudge.as_raw_fd(), EventSet::IN, nudged)?;
+            if let Some(fd) = group.lock().worker.event_fd() {
+                handler.register_listener(fd.as_raw_fd(), EventSet::IN, nudged + 1)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the worker of `queue` look at it again.
+    pub fn nudge(&self, queue: usize) {
+        self.group(queue).nudge();
     }
 
     /// Pops nothing more, and completes what is in flight, however long it takes.
     pub fn stop(&self) {
         self.stopped.store(true, Ordering::SeqCst);
-        for index in 0..self.queues.len() {
-            self.queue(index).drain();
+        for group in &self.groups {
+            group.claim(|queues| {
+                queues.drain();
+                queues.rings.iter().for_each(|ring| ring.lock().release());
+            });
         }
     }
 
@@ -95,8 +150,24 @@ impl<D: Device> Backend<D> {
         std::mem::take(&mut *self.exit_events.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn queue(&self, index: usize) -> MutexGuard<'_, Queue<D::Worker>> {
-        self.queues[index].lock().unwrap_or_else(PoisonError::into_inner)
+    fn group(&self, queue: usize) -> &Group<D::Worker> {
+        &self.groups[queue / self.queues_per_worker]
+    }
+
+    /// The rings of `vrings`, which are those of worker `index`.
+    fn new_rings(&self, index: usize, vrings: &[Vring]) -> Vec<SharedRing> {
+        let first = index * self.queues_per_worker;
+        let ring = |(offset, vring): (usize, &Vring)| {
+            SharedRing::new(Ring::new(
+                first + offset,
+                vring.clone(),
+                self.memory.clone(),
+                Arc::clone(&self.log),
+                Arc::clone(&self.stopped),
+                Arc::clone(&self.inflight),
+            ))
+        };
+        vrings.iter().enumerate().map(ring).collect()
     }
 }
 
@@ -105,7 +176,7 @@ impl<D: Device> VhostUserBackend for Backend<D> {
     type Vring = Vring;
 
     fn num_queues(&self) -> usize {
-        self.queues.len()
+        self.num_queues
     }
 
     fn max_queue_size(&self) -> usize {
@@ -128,9 +199,7 @@ impl<D: Device> VhostUserBackend for Backend<D> {
 
     // The rings are disabled already; what is in flight must not reach the guest after the answer.
     fn reset_device(&self) {
-        for index in 0..self.queues.len() {
-            self.queue(index).drain();
-        }
+        self.groups.iter().for_each(|group| group.claim(Queues::drain));
         self.device.reset();
     }
 
@@ -138,14 +207,19 @@ impl<D: Device> VhostUserBackend for Backend<D> {
     fn set_event_idx(&self, _enabled: bool) {}
 
     /// Rings look at the memory map whenever they pop, and requests in flight hold the one that they started with. But a
-    /// worker that found its ring gone, as a region was exchanged, has to look again.
+    /// worker that found its ring gone, as a region was exchanged, has to look again; and one that keeps chains for later
+    /// has to let go of the old map.
     fn update_memory(&self, _memory: SharedMemory) -> io::Result<()> {
-        self.vrings.iter().filter_map(OnceLock::get).for_each(Vring::wake);
+        self.groups.iter().for_each(Group::nudge);
         Ok(())
     }
 
     fn queues_per_thread(&self) -> Vec<u64> {
-        (0..self.queues.len()).map(|index| 1 << index).collect()
+        let mask = |first: usize| {
+            let last = self.num_queues.min(first + self.queues_per_worker);
+            (first..last).fold(0, |mask, queue| mask | 1 << queue)
+        };
+        (0..self.num_queues).step_by(self.queues_per_worker).map(mask).collect()
     }
 
     fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
@@ -159,11 +233,17 @@ impl<D: Device> VhostUserBackend for Backend<D> {
 
     fn stop_vring(&self, queue: u32) -> io::Result<()> {
         // GET_VRING_BASE is answered when nothing is in flight: there is no deadline, as the answer would be wrong.
-        self.queue(queue as usize).drain();
+        let queue = queue as usize;
+        self.group(queue).claim(|queues| {
+            queues.drain();
+            if let Some(ring) = queues.rings.get(queue % self.queues_per_worker) {
+                ring.lock().release();
+            }
+        });
         Ok(())
     }
 
-    /// A kick, or a ring that was just started: the same work in each case. Returns when there is nothing to do and
+    /// A kick, a nudge, a ring that was just started: the same work in each case. Returns when there is nothing to do and
     /// nothing in flight. Never an error, which would end the thread for good.
     fn handle_event(
         &self,
@@ -172,38 +252,33 @@ impl<D: Device> VhostUserBackend for Backend<D> {
         vrings: &[Vring],
         thread: usize,
     ) -> io::Result<()> {
-        let mut queue = self.queue(thread);
-        if queue.ring.is_none()
-            && let Some(vring) = vrings.first()
-        {
-            self.vrings[thread].get_or_init(|| vring.clone());
-            queue.ring = Some(Ring::new(
-                thread,
-                vring.clone(),
-                self.memory.clone(),
-                Arc::clone(&self.log),
-                Arc::clone(&self.stopped),
-                Arc::clone(&self.inflight),
-            ));
+        let group = &self.groups[thread];
+        // Fails if nobody nudged.
+        let _ = group.nudge.read();
+        let mut queues = group.lock();
+        if queues.rings.is_empty() {
+            queues.rings = self.new_rings(thread, vrings);
         }
-        let Queue { worker, ring: Some(ring) } = &mut *queue else { return Ok(()) };
-        ring.disable_notifications();
+        let Queues { worker, rings } = &mut *queues;
         loop {
-            let progress = worker.pass(ring);
-            ring.publish();
-            let look_again = match progress {
-                Progress::Busy => continue,
-                Progress::Idle => ring.enable_notifications(),
+            if group.claims.load(Ordering::SeqCst) > 0 {
+                // Nudged again by whoever claims the queues.
+                return Ok(());
+            }
+            let look_again = match worker.pass(rings) {
+                Progress::Busy => true,
+                Progress::Idle => worker.rest(rings),
                 Progress::Full => false,
             };
-            if !look_again {
-                // At the end of the connection whoever stops the queue does the waiting.
-                if worker.in_flight() == 0 || self.stopped.load(Ordering::SeqCst) {
-                    return Ok(());
-                }
-                worker.wait(WAIT_SLICE, ring.kick().as_ref());
+            if look_again {
+                continue;
             }
-            ring.disable_notifications();
+            // At the end of the connection whoever stops the queue does the waiting.
+            if worker.in_flight() == 0 || self.stopped.load(Ordering::SeqCst) {
+                return Ok(());
+            }
+            let kick = rings.iter().find_map(|ring| ring.lock().kick());
+            worker.wait(WAIT_SLICE, kick.as_ref());
         }
     }
 }

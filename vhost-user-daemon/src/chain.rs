@@ -286,14 +286,32 @@ impl Chain {
     /// Copies `bytes` to the front of the device-writable part, as far as they fit, and returns how many did.
     /// Nothing is taken off; mark the bytes with [`Chain::log_written`].
     pub fn write(&self, bytes: &[u8]) -> usize {
-        let mut done = 0;
+        self.write_from(&mut Source::new(bytes), 0)
+    }
+
+    /// Moves bytes from `source` to the device-writable part, from its byte `offset` on, until one of both ends, and
+    /// returns how many it were. Mark them with [`Chain::log_written`].
+    pub fn write_from(&self, source: &mut Source<'_>, offset: usize) -> usize {
+        let (mut skip, mut done) = (offset, 0);
         for segment in self.writable() {
-            let len = segment.iov_len.min(bytes.len() - done);
-            // SAFETY: as in `read`, the other way round.
-            unsafe { std::ptr::copy_nonoverlapping(bytes[done..].as_ptr(), segment.iov_base.cast(), len) };
-            done += len;
+            if source.left == 0 {
+                break;
+            }
+            if skip >= segment.iov_len {
+                skip -= segment.iov_len;
+                continue;
+            }
+            let to = segment.iov_base.cast::<u8>().wrapping_add(skip);
+            let room = segment.iov_len - std::mem::take(&mut skip);
+            // SAFETY: `room` bytes are left in the segment, which lies in the memory map held by `self.memory`.
+            done += unsafe { source.copy_to(to, room) };
         }
         done
+    }
+
+    /// What is left of the device-readable part, to be copied.
+    pub fn source(&self) -> Source<'_> {
+        Source::of(self.readable())
     }
 
     /// Takes the last byte off the device-writable part, for [`Chain::write_last_byte`]: devices put a status there.
@@ -330,6 +348,115 @@ impl Chain {
     pub fn log_written(&self, written: u64, log: &DirtyLog) {
         if let (true, Some(memory)) = (log.is_enabled(), &self.memory) {
             log.mark_iovecs(memory, self.writable(), written);
+        }
+    }
+}
+
+/// Bytes to be copied: the device-readable part of a chain, or private memory. Copying takes them off the front.
+#[derive(Clone, Copy, Debug)]
+pub struct Source<'a> {
+    /// The front, in part used up.
+    first: iovec,
+    rest: &'a [iovec],
+    /// Bytes in both.
+    left: usize,
+}
+
+// SAFETY: a source only reads what its lifetime keeps alive; chains and byte slices may both be sent.
+unsafe impl Send for Source<'_> {}
+
+impl<'a> Source<'a> {
+    /// All of `bytes`.
+    pub fn new(bytes: &'a [u8]) -> Self {
+        let first = iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+        Self { first, rest: &[], left: bytes.len() }
+    }
+
+    /// All bytes of `iovecs`, which the owner of the lifetime keeps mapped.
+    fn of(iovecs: &'a [iovec]) -> Self {
+        let (first, rest) =
+            iovecs.split_first().map_or_else(|| (Self::new(&[]).first, &[][..]), |(f, r)| (*f, r));
+        Self { first, rest, left: total_len(iovecs) as usize }
+    }
+
+    /// Bytes left.
+    pub fn len(&self) -> usize {
+        self.left
+    }
+
+    /// Whether none are left.
+    pub fn is_empty(&self) -> bool {
+        self.left == 0
+    }
+
+    /// What is left, as iovecs to be read from.
+    pub fn iovecs(&self) -> impl Iterator<Item = iovec> + use<'a> {
+        let mut left = self.left;
+        let clip = move |mut iovec: iovec| {
+            iovec.iov_len = iovec.iov_len.min(left);
+            left -= iovec.iov_len;
+            iovec
+        };
+        std::iter::once(self.first)
+            .chain(self.rest.iter().copied())
+            .map(clip)
+            .filter(|iovec| iovec.iov_len > 0)
+    }
+
+    /// Takes `count` bytes off, or all that are left.
+    pub fn skip(&mut self, count: usize) {
+        let mut count = count.min(self.left);
+        while count > 0 {
+            let step = count.min(self.first.iov_len);
+            self.advance(step);
+            count -= step;
+        }
+    }
+
+    /// Ends the source after `len` bytes, if it is longer.
+    #[must_use]
+    pub fn limit(mut self, len: usize) -> Self {
+        self.left = self.left.min(len);
+        self
+    }
+
+    /// Fills `buf` from the front as far as there is something, and returns how many bytes it were.
+    pub fn read(&mut self, buf: &mut [u8]) -> usize {
+        let mut done = 0;
+        while done < buf.len() && self.left > 0 {
+            // SAFETY: the rest of `buf` has this many bytes.
+            done += unsafe { self.copy_to(buf[done..].as_mut_ptr(), buf.len() - done) };
+        }
+        done
+    }
+
+    /// Copies up to `room` bytes to `to`, and returns how many there were.
+    ///
+    /// # Safety
+    /// `room` bytes at `to` must be mapped and writable.
+    unsafe fn copy_to(&mut self, to: *mut u8, room: usize) -> usize {
+        let mut done = 0;
+        while done < room && self.left > 0 {
+            let len = self.first.iov_len.min(room - done).min(self.left);
+            // SAFETY: `len` bytes are left at `first`, which is kept mapped for 'a, and at `to` as the caller promises.
+            // They cannot overlap: a chain that is read and one that is written belong to different connections, which
+            // map their guests' memory each for itself.
+            unsafe { std::ptr::copy_nonoverlapping(self.first.iov_base.cast(), to.add(done), len) };
+            self.advance(len);
+            done += len;
+        }
+        done
+    }
+
+    /// Takes `len` bytes off, of which `first` has at least as many.
+    fn advance(&mut self, len: usize) {
+        self.first.iov_base = self.first.iov_base.cast::<u8>().wrapping_add(len).cast();
+        self.first.iov_len -= len;
+        self.left -= len;
+        while self.first.iov_len == 0
+            && let Some((next, rest)) = self.rest.split_first()
+        {
+            (self.first, self.rest) = (*next, rest);
         }
     }
 }
@@ -412,6 +539,49 @@ mod tests {
         let mut chain = Chain::default();
         // SAFETY: `host_ptr` found the whole table.
         unsafe { chain.fill(memory, table, TABLE_SIZE, 0) }.map(|()| chain)
+    }
+
+    #[test]
+    fn a_source_is_copied_in_any_pieces_to_any_place() {
+        let memory = memory();
+        memory.write_slice(b"0123456789", GuestAddress(0x1000)).unwrap();
+        let chain = chain(
+            &memory,
+            &[
+                (0x1000, 4, NEXT, 1),
+                (0x1004, 6, NEXT, 2),
+                (0x2000, 3, NEXT | WRITE, 3),
+                (0x3000, 9, WRITE, 0),
+            ],
+        )
+        .unwrap();
+        for cut in 0..=10 {
+            for offset in 0..13 {
+                memory.write_slice(&[b'.'; 3], GuestAddress(0x2000)).unwrap();
+                memory.write_slice(&[b'.'; 9], GuestAddress(0x3000)).unwrap();
+                let mut source = chain.source();
+                let mut start = vec![0; cut];
+                assert_eq!(source.read(&mut start), cut);
+                assert_eq!(source.iovecs().map(|iovec| iovec.iov_len).sum::<usize>(), 10 - cut);
+                let written = chain.write_from(&mut source, offset);
+                assert_eq!(written, (10 - cut).min(12_usize.saturating_sub(offset)));
+                assert_eq!(source.len(), 10 - cut - written);
+                let mut expected = [b'.'; 12];
+                if offset < 12 {
+                    expected[offset..offset + written].copy_from_slice(&b"0123456789"[cut..cut + written]);
+                }
+                let mut now = [0; 12];
+                memory.read_slice(&mut now[..3], GuestAddress(0x2000)).unwrap();
+                memory.read_slice(&mut now[3..], GuestAddress(0x3000)).unwrap();
+                assert_eq!(now, expected);
+            }
+        }
+        let mut limited = Source::new(b"abcdef").limit(4);
+        limited.skip(1);
+        let mut rest = [0; 8];
+        assert_eq!(limited.read(&mut rest), 3);
+        assert_eq!(&rest[..3], b"bcd");
+        assert!(limited.is_empty());
     }
 
     #[test]

@@ -1,29 +1,47 @@
-//! What a daemon implements: a [`Device`], and a [`Worker`] for each of its queues.
+//! What a daemon implements: a [`Device`], and a [`Worker`] for each of its queues or for a few of them together.
 //!
 //! The rest of this crate turns them into a vhost-user back end. A device answers for features and configuration
-//! space; its workers move data and know nothing of sockets, eventfds or threads:
+//! space; its workers move data and know nothing of front ends or threads:
 //!
 //! ```text
-//! kick ──> pass: batch().pop() ──> parse, execute ──> complete() ──> publish ──┐
-//!            ^                                                                   │
-//!            ├──────────────── a pass that found something to do ────────────────┤
-//!            └── wait for a kick or for what is in flight, if there is any ──────┘
+//! kick, or a file ──> pass: batch().pop() ──> parse, execute ──> complete() ──> publish() ──┐
+//! of the worker's       ^                                                                     │
+//!                       ├──────────────── a pass that found something to do ──────────────────┤
+//!                       └── rest: ask for kicks, and wait for one, or for what is in flight ──┘
 //! ```
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::ring::Ring;
+use crate::ring::SharedRing;
 
 /// A virtio device behind a vhost-user socket. One object serves all connections, one after the other.
 pub trait Device: Send + Sync + 'static {
-    /// What serves one of the queues.
+    /// What serves [`Device::queues_per_worker`] of the queues.
     type Worker: Worker;
 
     /// Number of queues, at most 64.
     fn num_queues(&self) -> usize;
+
+    /// Queues that one worker serves: those that belong together, such as both directions of a network interface. The
+    /// last worker may have fewer.
+    fn queues_per_worker(&self) -> usize {
+        1
+    }
+
+    /// Whether every queue completes its chains in the order in which it popped them. Then the used index alone tells
+    /// where to go on after the daemon was killed, and the front end is not asked to keep memory for chains in flight
+    /// (`VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD`).
+    fn keeps_order(&self) -> bool {
+        false
+    }
+
+    /// The messages of the vhost-user text that only network devices get, if this is one.
+    fn network(&self) -> Option<&dyn Network> {
+        None
+    }
 
     /// The largest queue size that a driver may choose: a power of two.
     fn max_queue_size(&self) -> u16;
@@ -46,21 +64,48 @@ pub trait Device: Send + Sync + 'static {
     /// A new front end has connected, or the front end resets the device: what the last driver chose is forgotten.
     fn reset(&self);
 
-    /// Makes the worker of queue `index` for a new connection. It is dropped when the connection ends, after all it
-    /// had in flight was completed.
+    /// Makes worker `index` for a new connection: the one of the queues from `index * queues_per_worker()` on. It is
+    /// dropped when the connection ends, after all it had in flight was completed.
     fn new_worker(self: &Arc<Self>, index: usize) -> io::Result<Self::Worker>;
 }
 
-/// Serves one queue: what it holds belongs to this queue alone.
-pub trait Worker: Send + 'static {
-    /// Does what can be done now: completes what has finished, pops chains from `ring` and executes or submits them.
-    ///
-    /// Never blocks on the guest, and never fails: an error belongs to the request that met it. `ring` decides whether
-    /// chains may be popped; what was popped before has to be completed in any case.
-    fn pass(&mut self, ring: &mut Ring) -> Progress;
+/// The messages for network devices (vhost-user text, `VHOST_USER_PROTOCOL_F_RARP` and `VHOST_USER_PROTOCOL_F_NET_MTU`).
+pub trait Network {
+    /// The guest with address `mac` was migrated here and does not announce itself: the network is to be told
+    /// (`VHOST_USER_SEND_RARP`).
+    fn announce(&self, mac: [u8; 6]);
 
-    /// Chains popped and not completed yet.
-    fn in_flight(&self) -> usize;
+    /// The guest was told to use an MTU of `mtu` bytes (`VHOST_USER_NET_SET_MTU`). Fails with the reason if that does
+    /// not work here.
+    fn set_mtu(&self, mtu: u16) -> Result<(), String>;
+}
+
+/// Serves a queue, or a few that belong together, in a thread of its own.
+pub trait Worker: Send + 'static {
+    /// Does what can be done now: completes what has finished, pops chains from `rings` and executes or submits them,
+    /// and publishes what was completed.
+    ///
+    /// Never blocks on the guest, and never fails: an error belongs to the request that met it. The rings decide whether
+    /// chains may be popped; what was popped before has to be completed in any case, or is taken back by the ring when it
+    /// stops if the device [keeps the order](Device::keeps_order). A pass ends after a bounded amount of work.
+    fn pass(&mut self, rings: &[SharedRing]) -> Progress;
+
+    /// Nothing is to be done: asks for the kicks, and arms the file, that are to end the rest. `true` if there is something
+    /// to do after all.
+    fn rest(&mut self, rings: &[SharedRing]) -> bool {
+        rings.iter().any(|ring| ring.lock().enable_notifications())
+    }
+
+    /// A file that becomes readable when there is something to do besides kicks: asked for once, and watched from then on.
+    /// Mostly an epoll instance with what the worker waits for at the moment.
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Chains that something else than a pass has to finish.
+    fn in_flight(&self) -> usize {
+        0
+    }
 
     /// Waits until something in flight has finished, until the guest writes to `kick`, or until `timeout`, whatever
     /// comes first. Called only while something is in flight. `kick` is not to be read.
@@ -69,7 +114,9 @@ pub trait Worker: Send + 'static {
     ///
     /// It is the worker that waits, and not the thread's epoll: an io_uring completion interrupts epoll_wait(2) with
     /// EINTR before it can be seen there, which costs two system calls more for each wake-up.
-    fn wait(&mut self, timeout: Duration, kick: Option<&Arc<OwnedFd>>);
+    fn wait(&mut self, timeout: Duration, kick: Option<&Arc<OwnedFd>>) {
+        let _ = (timeout, kick);
+    }
 }
 
 /// What a [`Worker::pass`] did.

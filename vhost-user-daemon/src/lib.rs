@@ -31,10 +31,10 @@ pub mod socket;
 mod sys;
 mod vring;
 
-pub use crate::chain::Chain;
-pub use crate::device::{Device, Progress, Worker};
+pub use crate::chain::{Chain, Source};
+pub use crate::device::{Device, Network, Progress, Worker};
 pub use crate::link::ConfigNotifier;
-pub use crate::ring::Ring;
+pub use crate::ring::{Ring, SharedRing};
 pub use crate::serve::{ServeOptions, serve};
 
 use vhost::vhost_user::message::VhostUserVirtioFeatures;

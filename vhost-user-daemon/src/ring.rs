@@ -9,7 +9,7 @@
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering, fence};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vhost_user_backend::{VringState, VringT};
 use virtio_bindings::bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
@@ -37,8 +37,32 @@ pub struct Ring {
     inflight: Option<InflightQueue>,
     /// Chains that a process before this one had in flight.
     again: VecDeque<u16>,
-    /// How often the ring had been started when `inflight` was looked up.
+    /// How often the ring had been started when it was last looked at.
     starts: u32,
+    /// Chains popped and not completed.
+    outstanding: u16,
+    /// The memory map that they were popped with, by its address: they keep it, so that no other can have the same.
+    popped_with: usize,
+    /// Counts how often what was popped has become void.
+    epoch: u32,
+    /// The guest was asked to kick.
+    armed: bool,
+}
+
+/// A ring that more than one thread may use.
+#[derive(Clone)]
+pub struct SharedRing(Arc<Mutex<Ring>>);
+
+impl SharedRing {
+    pub(crate) fn new(ring: Ring) -> Self {
+        Self(Arc::new(Mutex::new(ring)))
+    }
+
+    /// The ring, for this thread alone. Two rings are locked at a time only by a thread that holds one of its own worker
+    /// and takes one into which frames are delivered.
+    pub fn lock(&self) -> MutexGuard<'_, Ring> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// The memory for chains in flight that the front end keeps, if it does.
@@ -72,7 +96,29 @@ impl Ring {
             inflight: None,
             again: VecDeque::new(),
             starts: 0,
+            outstanding: 0,
+            popped_with: 0,
+            epoch: 0,
+            armed: true,
         }
+    }
+
+    /// Changes when the chains popped so far are no longer the worker's: the ring was stopped or started, or the front end
+    /// exchanged the memory that they lie in. They are popped again, and are not to be written or completed.
+    ///
+    /// Only for devices that [keep the order](crate::Device::keeps_order) of their chains. Look at it after
+    /// [`Ring::batch`], which takes them back.
+    pub fn epoch(&self) -> u32 {
+        self.epoch
+    }
+
+    /// Puts the last `count` chains that were popped back, to be popped again.
+    pub fn unpop(&mut self, count: u16) {
+        let count = count.min(self.outstanding);
+        self.outstanding -= count;
+        let mut state = self.vring.get_mut();
+        let queue = state.get_queue_mut();
+        queue.set_next_avail(queue.next_avail().wrapping_sub(count));
     }
 
     /// The log in which a device marks what it wrote to guest memory.
@@ -95,12 +141,23 @@ impl Ring {
             return None;
         }
         let memory = snapshot(&self.memory);
+        let map = Arc::as_ptr(&memory) as usize;
+        if self.outstanding > 0 && map != self.popped_with && self.vring.starts() == self.starts {
+            let queue = state.get_queue_mut();
+            queue.set_next_avail(queue.next_avail().wrapping_sub(self.outstanding));
+            self.outstanding = 0;
+            self.epoch = self.epoch.wrapping_add(1);
+        }
+        self.popped_with = map;
         // The front end may be exchanging a region; the worker is woken when the memory map is whole again.
         let layout = Layout::resolve(&memory, &state)?;
         let starts = self.vring.starts();
         let resumed = starts != self.starts && layout.used_idx() != 0;
         if starts != self.starts {
             self.starts = starts;
+            self.outstanding = 0;
+            self.epoch = self.epoch.wrapping_add(1);
+            self.armed = true;
             let shared = self.shared_inflight.lock().unwrap_or_else(PoisonError::into_inner);
             self.inflight = shared.as_ref().and_then(|shared| shared.queue(self.index, layout.size));
             self.again.clear();
@@ -118,8 +175,13 @@ impl Ring {
             self.break_ring("the available index jumped by more than the queue size");
             return None;
         }
+        if std::mem::take(&mut self.armed) {
+            // The worker looks at the ring by itself from now on.
+            write_notifications(&self.log, state.get_queue(), &layout, false);
+        }
         Some(Batch {
             index: self.index,
+            outstanding: &mut self.outstanding,
             state,
             memory,
             layout,
@@ -133,6 +195,7 @@ impl Ring {
     /// Notes that the chain starting at `head` is done, with `len` bytes written from the front of its device-writable
     /// part. The guest sees it at the next [`Ring::publish`].
     pub fn complete(&mut self, head: u16, len: u32) {
+        self.outstanding = self.outstanding.saturating_sub(1);
         self.used.push(UsedElement { head, len });
     }
 
@@ -177,29 +240,24 @@ impl Ring {
         }
     }
 
-    /// Leaves the ring as one that wants every kick: another back end may take it over. Also while it is stopped.
+    /// Leaves the ring as one that wants every kick: another back end may take it over. Also while it is stopped. What
+    /// was popped and not completed goes back.
     pub(crate) fn release(&mut self) {
+        self.unpop(self.outstanding);
+        self.epoch = self.epoch.wrapping_add(1);
+        self.armed = true;
         // What could not be published until now has no ring to go to.
         self.used.clear();
         let state = self.vring.get_mut();
         let memory = snapshot(&self.memory);
         if let Some(layout) = Layout::resolve(&memory, &state) {
-            self.write_notifications(state.get_queue(), &layout, true);
+            write_notifications(&self.log, state.get_queue(), &layout, true);
         }
     }
 
-    /// Asks the guest not to kick, as the worker looks at the ring by itself.
-    pub(crate) fn disable_notifications(&mut self) {
-        self.set_notifications(false);
-    }
-
-    /// Asks the guest to kick for the next chain. `true` if one came in the meantime, so that the worker has to look
-    /// once more before it sleeps.
-    pub(crate) fn enable_notifications(&mut self) -> bool {
-        self.set_notifications(true)
-    }
-
-    fn set_notifications(&mut self, enable: bool) -> bool {
+    /// Asks the guest to kick for the next chain, until the next [`Ring::batch`]. `true` if one came in the meantime, so
+    /// that the worker has to look once more before it rests.
+    pub fn enable_notifications(&mut self) -> bool {
         if self.stopped.load(Ordering::Relaxed) || self.vring.is_broken() {
             return false;
         }
@@ -212,28 +270,30 @@ impl Ring {
         let Some(layout) = Layout::resolve(&memory, &state) else {
             return false;
         };
-        self.write_notifications(queue, &layout, enable);
+        self.armed = true;
+        write_notifications(&self.log, queue, &layout, true);
         fence(Ordering::SeqCst);
-        enable && layout.avail_idx() != queue.next_avail()
-    }
-
-    fn write_notifications(&self, queue: &Queue, layout: &Layout, enable: bool) {
-        if !queue.event_idx_enabled() {
-            layout.set_used_flags(if enable { 0 } else { VRING_USED_F_NO_NOTIFY as u16 });
-        } else if enable {
-            layout.set_avail_event(queue.next_avail());
-        } else {
-            // With event indices the driver kicks once per index that we show, so there is nothing to switch off.
-            return;
-        }
-        if self.log.is_enabled() {
-            self.log.mark(queue.used_ring(), layout.used_len() as u64);
-        }
+        layout.avail_idx() != queue.next_avail()
     }
 
     fn break_ring(&self, why: &str) {
         warn_limited!("Queue {} is stopped until the guest resets it: {why}", self.index);
         self.vring.set_broken();
+    }
+}
+
+/// Tells the guest whether to kick (virtio 1.3 text, section 2.7.10).
+fn write_notifications(log: &DirtyLog, queue: &Queue, layout: &Layout, enable: bool) {
+    if !queue.event_idx_enabled() {
+        layout.set_used_flags(if enable { 0 } else { VRING_USED_F_NO_NOTIFY as u16 });
+    } else if enable {
+        layout.set_avail_event(queue.next_avail());
+    } else {
+        // With event indices the driver kicks once per index that we show, so there is nothing to switch off.
+        return;
+    }
+    if log.is_enabled() {
+        log.mark(queue.used_ring(), layout.used_len() as u64);
     }
 }
 
@@ -246,6 +306,7 @@ pub struct Batch<'a> {
     /// Chains that the guest had made available when the batch began.
     available: u16,
     resumed: bool,
+    outstanding: &'a mut u16,
     inflight: Option<&'a mut InflightQueue>,
     again: &'a mut VecDeque<u16>,
 }
@@ -255,6 +316,11 @@ impl Batch<'_> {
     /// this one before a pause, and has not set the device up anew.
     pub fn is_resumed(&self) -> bool {
         self.resumed
+    }
+
+    /// Entries of the queue: the most chains that can be popped and not completed.
+    pub fn queue_size(&self) -> u16 {
+        self.layout.size
     }
 
     /// Pops the next chain into `chain`; `None` when there is none.
@@ -275,6 +341,7 @@ impl Batch<'_> {
                     continue;
                 }
             }
+            *self.outstanding = self.outstanding.saturating_add(1);
             return Some(result);
         }
         None

@@ -19,7 +19,7 @@ use vhost_user_backend::VhostUserDaemon;
 use crate::backend::Backend;
 use crate::device::Device;
 use crate::dirty::DirtyLog;
-use crate::link::{self, ConfigNotifier, Link};
+use crate::link::{self, ConfigNotifier, Link, LinkParts};
 use crate::memory;
 use crate::ring::SharedInflight;
 use crate::socket::Socket;
@@ -223,12 +223,22 @@ impl<D: Device> Connection<D> {
             Arc::clone(&log),
             Arc::clone(&inflight),
         )?);
-        let link = Link::new(front.try_clone()?, inner, Arc::clone(device), log, inflight, notifier.clone());
+        let stopping = Arc::clone(&backend);
+        let link = Link::new(LinkParts {
+            front: front.try_clone()?,
+            inner,
+            device: Arc::clone(device),
+            log,
+            inflight,
+            notifier: notifier.clone(),
+            nudge: Box::new(move |queue| stopping.nudge(queue)),
+        });
 
         let mut daemon = VhostUserDaemon::new("vhost-user".into(), Arc::clone(&backend), memory)
             .map_err(|error| io_error(&error))?;
         let started = daemon.start(&mut Listener::from(listener)).map_err(|error| io_error(&error));
-        let link = started.and_then(|()| {
+        let watched = started.and_then(|()| backend.watch(&daemon));
+        let link = watched.and_then(|()| {
             thread::Builder::new().name("link".into()).spawn(move || {
                 let _ending = ending;
                 link.run()

@@ -60,14 +60,6 @@ impl Vring {
         self.extra.starts.load(Ordering::Relaxed)
     }
 
-    /// Makes the worker look at the ring again, as if the guest had kicked it.
-    pub(crate) fn wake(&self) {
-        if let Some(kick) = self.kick() {
-            // Full means that a kick is pending already.
-            let _ = rustix::io::write(kick, &1u64.to_ne_bytes());
-        }
-    }
-
     /// Whether [`Vring::set_broken`] was called since the ring was started.
     pub(crate) fn is_broken(&self) -> bool {
         self.extra.broken.load(Ordering::Relaxed)

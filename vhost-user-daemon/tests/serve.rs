@@ -15,7 +15,7 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost_user_daemon::socket::Socket;
-use vhost_user_daemon::{ConfigNotifier, Device, Progress, RING_FEATURES, Ring, ServeOptions, Worker, serve};
+use vhost_user_daemon::{ConfigNotifier, Device, Progress, RING_FEATURES, SharedRing, ServeOptions, Worker, serve};
 
 const SET_FEATURES: u32 = 2;
 const SET_VRING_ENABLE: u32 = 18;
@@ -64,7 +64,7 @@ impl Device for Number {
 }
 
 impl Worker for Nothing {
-    fn pass(&mut self, _ring: &mut Ring) -> Progress {
+    fn pass(&mut self, _rings: &[SharedRing]) -> Progress {
         Progress::Idle
     }
 

@@ -42,8 +42,10 @@ const OWN_PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::REPLY_ACK
     .union(ProtocolFeatures::CONFIG)
     .union(ProtocolFeatures::LOG_SHMFD)
     .union(ProtocolFeatures::STATUS)
-    .union(ProtocolFeatures::INFLIGHT_SHMFD)
     .union(ProtocolFeatures::BACKEND_REQ);
+
+/// Those of network devices.
+const NETWORK_PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::RARP.union(ProtocolFeatures::MTU);
 
 /// What the link says to a request.
 enum Answer {
@@ -63,6 +65,7 @@ pub(crate) struct Link<D: Device> {
     log: Arc<DirtyLog>,
     inflight: SharedInflight,
     notifier: ConfigNotifier,
+    nudge: Box<dyn Fn(usize) + Send>,
     features: u64,
     protocol_features: ProtocolFeatures,
     acked_protocol_features: ProtocolFeatures,
@@ -82,16 +85,28 @@ pub(crate) struct Link<D: Device> {
     early_enables: Vec<VringState>,
 }
 
+/// What a [`Link`] is made of.
+pub(crate) struct LinkParts<D> {
+    /// The front end's socket.
+    pub front: UnixStream,
+    /// The private socket of the stock daemon.
+    pub inner: UnixStream,
+    /// Answers for features and configuration space.
+    pub device: Arc<D>,
+    /// The dirty log that the front end sets up.
+    pub log: Arc<DirtyLog>,
+    /// The memory for chains in flight that the front end keeps.
+    pub inflight: SharedInflight,
+    /// The device's way to the front end.
+    pub notifier: ConfigNotifier,
+    /// Makes the worker of a queue look at it again.
+    pub nudge: Box<dyn Fn(usize) + Send>,
+}
+
 impl<D: Device> Link<D> {
-    /// Joins `front` to the daemon at the other end of `inner`.
-    pub fn new(
-        front: UnixStream,
-        inner: UnixStream,
-        device: Arc<D>,
-        log: Arc<DirtyLog>,
-        inflight: SharedInflight,
-        notifier: ConfigNotifier,
-    ) -> Self {
+    /// Joins the front end to the stock daemon.
+    pub fn new(parts: LinkParts<D>) -> Self {
+        let LinkParts { front, inner, device, log, inflight, notifier, nudge } = parts;
         Self {
             front,
             inner,
@@ -100,6 +115,7 @@ impl<D: Device> Link<D> {
             log,
             inflight,
             notifier,
+            nudge,
             features: 0,
             acked_features: 0,
             regions: Vec::new(),
@@ -126,6 +142,12 @@ impl<D: Device> Link<D> {
         let inner: u64 = self.ask_inner(&Message::new(request::GET_PROTOCOL_FEATURES, []))?;
         let inner = ProtocolFeatures::from_bits_truncate(inner);
         self.protocol_features = inner | OWN_PROTOCOL_FEATURES;
+        if self.device.network().is_some() {
+            self.protocol_features |= NETWORK_PROTOCOL_FEATURES;
+        }
+        if !self.device.keeps_order() {
+            self.protocol_features |= ProtocolFeatures::INFLIGHT_SHMFD;
+        }
         self.relay(Message::new(request::SET_PROTOCOL_FEATURES, inner.bits().as_bytes()))
             .map_err(|refusal| io::Error::other(refusal.reason))
     }
@@ -212,8 +234,11 @@ impl<D: Device> Link<D> {
             // regions that are added.
             request::SET_LOG_BASE => self.set_log_base(message),
             // Gap of vhost-user-backend: it has no memory for chains in flight.
-            request::GET_INFLIGHT_FD => self.get_inflight(&message),
-            request::SET_INFLIGHT_FD => self.set_inflight(message),
+            request::GET_INFLIGHT_FD if !self.device.keeps_order() => self.get_inflight(&message),
+            request::SET_INFLIGHT_FD if !self.device.keeps_order() => self.set_inflight(message),
+            // Gap of vhost: neither is known.
+            request::SEND_RARP => self.send_rarp(&message),
+            request::NET_SET_MTU => self.net_set_mtu(&message),
             // Gap of vhost: its channel cannot send CONFIG_CHANGE_MSG.
             request::SET_BACKEND_REQ_FD => self.set_backend_channel(message),
             // Gap of vhost: not known. A front end without this feature stops and starts the rings all the same, so the
@@ -358,7 +383,26 @@ impl<D: Device> Link<D> {
         let state = VringState { index, num: enable.into() };
         self.relay(Message::new(request::SET_VRING_ENABLE, state.as_bytes()))?;
         self.enabled[index as usize] = enable;
+        if !enable {
+            // The stock crates tell a worker only of the contrary.
+            (self.nudge)(index as usize);
+        }
         Ok(())
+    }
+
+    fn send_rarp(&self, message: &Message) -> Result<Answer, Refusal> {
+        let network = self.device.network().ok_or_else(|| Refusal::new("This is no network device"))?;
+        // An address in the first six bytes of a 64-bit field.
+        body::<u64>(message)?;
+        network.announce(body_prefix(message)?);
+        Ok(Answer::Done)
+    }
+
+    fn net_set_mtu(&self, message: &Message) -> Result<Answer, Refusal> {
+        let network = self.device.network().ok_or_else(|| Refusal::new("This is no network device"))?;
+        let mtu = body::<u64>(message)?;
+        let mtu = u16::try_from(mtu).map_err(|_| Refusal::new(format!("MTU of {mtu} bytes")))?;
+        network.set_mtu(mtu).map(|()| Answer::Done).map_err(Refusal::new)
     }
 
     fn get_config(&self, message: &Message) -> Result<Answer, Refusal> {
@@ -433,7 +477,9 @@ impl<D: Device> Link<D> {
         if (index as usize) < count {
             return Ok(());
         }
-        Err(Refusal::new(format!("Queue {index} does not exist: the device has {count}")))
+        Err(Refusal::new(format!(
+            "Queue {index} does not exist: the device has {count} (start the daemon with more, or ask for fewer)"
+        )))
     }
 
     /// Hands `message` to the stock daemon and waits until it is done.
