@@ -12,6 +12,7 @@
 //! | [`chain`] | a descriptor chain as checked iovecs into guest memory |
 //! | [`dirty`] | the dirty log of live migration |
 //! | `inflight` | what is in flight, in memory that outlives a daemon that is killed |
+//! | [`throttle`] | token buckets for bytes and operations, for a worker that never sleeps |
 //! | [`log`](mod@log) | set-up of the logger, and macros for what a guest can trigger |
 //!
 //! A daemon parses its flags, opens what it serves, and calls [`serve()`].
@@ -29,6 +30,7 @@ pub mod ring;
 pub mod serve;
 pub mod socket;
 mod sys;
+pub mod throttle;
 mod vring;
 
 pub use crate::chain::{Chain, Source};
