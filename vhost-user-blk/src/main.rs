@@ -20,7 +20,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> anyhow::Result<()> {
-    args.common.init_log();
+    args.common.service.init_log();
     let image = Image::open(&args.image_options())?;
     let (size, block_size, read_only) = (image.size(), image.logical_block_size(), image.is_read_only());
     let disk = Arc::new(Disk::new(
@@ -34,7 +34,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         },
     ));
     disk.check_engine()?;
-    let socket = Socket::open(&args.common)?;
+    let socket = Socket::from_args(&args.common.socket)?;
     info!(
         "vhost-user-blk {} serves {}: {} bytes in blocks of {}{}",
         env!("CARGO_PKG_VERSION"),
@@ -43,6 +43,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         block_size,
         if read_only { ", read-only" } else { "" }
     );
-    let options = ServeOptions { exit_on_disconnect: args.common.exit_on_disconnect };
-    serve(&disk, &ConfigNotifier::default(), &socket, options).context("Serving has ended")
+    let exit_on_disconnect = args.common.service.exit_on_disconnect;
+    let options = ServeOptions { exit_on_disconnect, ..ServeOptions::default() };
+    serve(&disk, &ConfigNotifier::default(), &socket, &options).context("Serving has ended")
 }

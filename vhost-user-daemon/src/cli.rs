@@ -52,7 +52,9 @@ use std::process::{self, ExitCode};
 use clap::{Arg, ArgAction, Command, CommandFactory, FromArgMatches};
 use serde::Serialize;
 
-pub use args::{CommonArgs, LogLevel, MAX_QUEUE_SIZE, MAX_QUEUES, QueueArgs, QueueSizeArgs};
+pub use args::{
+    CommonArgs, LogLevel, MAX_QUEUE_SIZE, MAX_QUEUES, QueueArgs, QueueSizeArgs, ServiceArgs, SocketArgs,
+};
 
 const PRINT_CAPABILITIES: &str = "print-capabilities";
 
@@ -185,7 +187,7 @@ pub fn fail(error: &(dyn Error + 'static)) -> ExitCode {
 }
 
 /// An error and its sources, separated by colons, on one line.
-fn chain(error: &(dyn Error + 'static)) -> String {
+pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {

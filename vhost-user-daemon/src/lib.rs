@@ -3,7 +3,7 @@
 //! | module | holds |
 //! |---|---|
 //! | [`cli`] | the flags that all daemons share, and `--print-capabilities` |
-//! | [`socket`] | the socket that the front end connects to: listened on, inherited, or handed over by systemd |
+//! | [`socket`] | where the front end is met: listened on, connected to, inherited, or handed over by systemd |
 //! | [`serve`](mod@serve) | the life of a daemon: accept, serve, listen again, end in order |
 //! | `link` | the front end's connection: relays to the stock crates, and answers what they refuse |
 //! | `backend` | a [`Device`] as the stock crates want it: worker threads, started, drained, stopped |
@@ -15,7 +15,7 @@
 //! | [`throttle`] | token buckets for bytes and operations, for a worker that never sleeps |
 //! | [`log`](mod@log) | set-up of the logger, and macros for what a guest can trigger |
 //!
-//! A daemon parses its flags, opens what it serves, and calls [`serve()`].
+//! A daemon parses its flags, opens what it serves, and calls [`serve()`], or [`serve_all()`] for several devices.
 
 mod backend;
 pub mod chain;
@@ -37,7 +37,7 @@ pub use crate::chain::{Chain, Source};
 pub use crate::device::{Device, Network, Progress, Worker};
 pub use crate::link::ConfigNotifier;
 pub use crate::ring::{Ring, SharedRing};
-pub use crate::serve::{ServeOptions, serve};
+pub use crate::serve::{ServeOptions, Served, serve, serve_all};
 
 use vhost::vhost_user::message::VhostUserVirtioFeatures;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;

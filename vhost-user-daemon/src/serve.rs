@@ -1,22 +1,30 @@
 //! The life of a daemon: accept a front end, serve it, listen again, and end in order on SIGTERM or SIGINT.
+//!
+//! Each socket has a thread that waits for front ends and serves them one after the other. The thread that called
+//! waits for signals, and for the others to end.
 
+mod arrivals;
+mod signals;
+
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use log::{error, info, warn};
-use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
-use signal_hook::consts::{SIGINT, SIGTERM};
 use thiserror::Error;
 use vhost::vhost_user::Listener;
 use vhost_user_backend::VhostUserDaemon;
 
+use self::arrivals::Arrivals;
+use self::signals::{Signals, wait};
 use crate::backend::Backend;
+use crate::cli::chain;
 use crate::device::Device;
 use crate::dirty::DirtyLog;
 use crate::link::{self, ConfigNotifier, Link, LinkParts};
@@ -28,9 +36,6 @@ use crate::{info_limited, warn_limited};
 
 /// How long requests in flight may take to finish after SIGTERM.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// How long to wait before accepting again when the process is out of file descriptors or memory.
-const ACCEPT_RETRY: Duration = Duration::from_millis(200);
 
 /// Why a daemon cannot go on.
 #[derive(Debug, Error)]
@@ -44,16 +49,42 @@ pub enum ServeError {
     /// There are not enough threads, files or memory for a connection. What the stock crates had begun stays, so there
     /// is no going on.
     #[error(
-        "A connection cannot be served: raise the limits of the process (ulimit -n, -u), or lower --num-queues"
+        "A connection cannot be served: raise the limits of the process (ulimit -n, -u), or offer fewer queues"
     )]
     Connection(#[source] io::Error),
 }
 
-/// How [`serve`] goes on after a connection.
-#[derive(Clone, Copy, Debug, Default)]
+/// What [`serve`] does beside serving.
+#[derive(Clone, Default)]
 pub struct ServeOptions {
-    /// End when the front end leaves, instead of listening again.
+    /// End when the front end leaves, instead of waiting for the next one.
+    ///
+    /// With several sockets: end when each of them has had a front end, and none has one any more. Until then a front
+    /// end may come back.
     pub exit_on_disconnect: bool,
+
+    /// Called on SIGUSR1, on the thread that called [`serve`]: logs the counters of the device, say. Several signals
+    /// may be one call, and once the daemon has to end there are no more calls. Without it the signal is ignored.
+    pub on_report: Option<Arc<dyn Fn() + Send + Sync>>,
+}
+
+impl fmt::Debug for ServeOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ServeOptions")
+            .field("exit_on_disconnect", &self.exit_on_disconnect)
+            .field("on_report", &self.on_report.is_some())
+            .finish()
+    }
+}
+
+/// A device and where its front end is met: one of several for [`serve_all`].
+pub struct Served<'a, D: Device> {
+    /// The device.
+    pub device: &'a Arc<D>,
+    /// The device's way to the front end of the moment. Each device has its own.
+    pub notifier: &'a ConfigNotifier,
+    /// The socket.
+    pub socket: &'a Socket,
 }
 
 /// Serves `device` on `socket` until SIGTERM or SIGINT, or until the front end leaves where nobody else can come.
@@ -67,76 +98,142 @@ pub fn serve<D: Device>(
     device: &Arc<D>,
     notifier: &ConfigNotifier,
     socket: &Socket,
-    options: ServeOptions,
+    options: &ServeOptions,
 ) -> Result<(), ServeError> {
+    serve_all(&[Served { device, notifier, socket }], options)
+}
+
+/// Serves several devices at once, each on a socket of its own, as [`serve`] does one.
+///
+/// A front end that comes or goes does not disturb the others. On a signal all devices end, within the same
+/// [`DRAIN_TIMEOUT`]. An error of one of them is an error of the process: the others end in the same way, and then it
+/// is returned. Without a signal and an error this returns when nobody else can come to any socket.
+pub fn serve_all<D: Device>(served: &[Served<'_, D>], options: &ServeOptions) -> Result<(), ServeError> {
     raise_file_limit();
     let signals = Signals::install().map_err(ServeError::Signals)?;
-    notify_supervisor(NotifyState::Ready);
-    let serve_one = |stream: UnixStream, queue: Option<&UnixListener>| {
-        let connection = Connection::start(device, notifier, stream).map_err(ServeError::Connection)?;
-        serve_connection(connection, &signals, queue).map_err(ServeError::Wait)
-    };
-    match socket {
-        Socket::Connected(stream) => {
-            serve_one(stream.try_clone().map_err(ServeError::Connection)?, None)?;
-            Ok(())
+    let presence = Presence::new(served.len());
+    let (running, guard) = UnixStream::pair().map_err(ServeError::Wait)?;
+    thread::scope(|scope| {
+        let mut threads = Vec::new();
+        for (index, served) in served.iter().enumerate() {
+            let thread = guard.try_clone().and_then(|guard| {
+                let (signals, presence) = (&signals, &presence);
+                thread::Builder::new().name(format!("socket{index}")).spawn_scoped(scope, move || {
+                    let _guard = guard;
+                    let place = Place { index, presence, signals, options };
+                    let result = serve_socket(served, &place);
+                    if let Err(error) = &result {
+                        error!("Error on {}: {}", served.socket, chain(error));
+                        signals.end();
+                    }
+                    result
+                })
+            });
+            match thread {
+                Ok(thread) => threads.push(thread),
+                Err(error) => {
+                    // The scope waits for those that were started.
+                    signals.end();
+                    return Err(ServeError::Connection(error));
+                }
+            }
         }
-        Socket::Listening(listener) => loop {
-            if wait(&[signals.as_fd(), listener.as_fd()]).map_err(ServeError::Wait)? == 0 {
+        drop(guard);
+        notify_supervisor(NotifyState::Ready);
+        let supervised = supervise(&signals, running.as_fd(), options);
+        if supervised.is_err() {
+            signals.end();
+        }
+        let results = threads.into_iter().map(|thread| match thread.join() {
+            Ok(result) => result,
+            Err(panic) => std::panic::resume_unwind(panic),
+        });
+        // All are waited for, and the first error is returned.
+        results.fold(Ok(()), Result::and).and(supervised.map_err(ServeError::Wait))
+    })
+}
+
+/// Answers signals until the process has to end, or `running` is closed by the last of the threads that serve.
+fn supervise(signals: &Signals, running: BorrowedFd<'_>, options: &ServeOptions) -> io::Result<()> {
+    loop {
+        match wait(&[signals.ending(), running, signals.report()], None)? {
+            Some(0) => {
+                info!("Ending: completing what is in flight");
+                notify_supervisor(NotifyState::Stopping);
                 return Ok(());
             }
-            match listener.accept() {
-                Ok((stream, _)) => {
-                    if serve_one(stream, Some(listener))? == Ended::Signal || options.exit_on_disconnect {
-                        return Ok(());
-                    }
-                }
-                Err(error)
-                    if matches!(
-                        error.kind(),
-                        io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted
-                    ) => {}
-                Err(error) => {
-                    error!("A front end cannot be accepted: {error}");
-                    thread::sleep(ACCEPT_RETRY);
-                }
-            }
-        },
-    }
-}
-
-/// Why a connection ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ended {
-    Disconnect,
-    Signal,
-}
-
-/// Serves one front end; others that come to `queue` meanwhile wait there.
-fn serve_connection<D: Device>(
-    connection: Connection<D>,
-    signals: &Signals,
-    queue: Option<&UnixListener>,
-) -> io::Result<Ended> {
-    info_limited!("A front end has connected");
-    let mut fds = vec![signals.as_fd(), connection.ended.as_fd()];
-    fds.extend(queue.map(AsFd::as_fd));
-    let ended = loop {
-        match wait(&fds)? {
-            0 => break Ended::Signal,
-            1 => break Ended::Disconnect,
+            Some(1) => return Ok(()),
             _ => {
-                info_limited!("Another front end waits until this one leaves");
-                fds.pop();
+                signals.take_report();
+                if let Some(report) = &options.on_report {
+                    report();
+                }
             }
         }
-    };
-    if ended == Ended::Signal {
-        info!("Asked to end: completing what is in flight");
-        notify_supervisor(NotifyState::Stopping);
     }
-    connection.close();
-    Ok(ended)
+}
+
+/// Which sockets have a front end.
+struct Presence(Mutex<Vec<Attendance>>);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Attendance {
+    Expected,
+    Present,
+    Gone,
+}
+
+impl Presence {
+    fn new(sockets: usize) -> Self {
+        Self(Mutex::new(vec![Attendance::Expected; sockets]))
+    }
+
+    /// Notes what is known of socket `index`, and says whether all are gone.
+    fn set(&self, index: usize, attendance: Attendance) -> bool {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all[index] = attendance;
+        all.iter().all(|attendance| *attendance == Attendance::Gone)
+    }
+}
+
+/// One socket's place among all.
+struct Place<'a> {
+    index: usize,
+    presence: &'a Presence,
+    signals: &'a Signals,
+    options: &'a ServeOptions,
+}
+
+/// Serves the front ends of one socket, one after the other.
+fn serve_socket<D: Device>(served: &Served<'_, D>, place: &Place<'_>) -> Result<(), ServeError> {
+    let mut arrivals = Arrivals::new(served.socket, place.signals);
+    while let Some(stream) = arrivals.next()? {
+        place.presence.set(place.index, Attendance::Present);
+        let connection =
+            Connection::start(served.device, served.notifier, stream).map_err(ServeError::Connection)?;
+        info_limited!("Connected with a front end on {}", served.socket);
+        wait_for_end(&connection, place.signals, arrivals.queue()).map_err(ServeError::Wait)?;
+        connection.close(served.socket);
+        if place.presence.set(place.index, Attendance::Gone) && place.options.exit_on_disconnect {
+            place.signals.stop();
+        }
+    }
+    Ok(())
+}
+
+/// Waits until the front end leaves or the daemon has to end. Others that come to `queue` meanwhile wait there.
+fn wait_for_end<D: Device>(
+    connection: &Connection<D>,
+    signals: &Signals,
+    queue: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
+    let mut fds = vec![signals.stopped(), connection.ended.as_fd()];
+    fds.extend(queue);
+    while wait(&fds, None)? == Some(2) {
+        info_limited!("Another front end waits until this one leaves");
+        fds.pop();
+    }
+    Ok(())
 }
 
 /// Lets the process open as many files as it may: each connection takes about six for a queue.
@@ -150,52 +247,6 @@ fn notify_supervisor(state: NotifyState<'_>) {
     // Without a supervisor that listens this does nothing.
     if let Err(error) = sd_notify::notify(&[state]) {
         warn!("The service manager cannot be notified: {error}");
-    }
-}
-
-/// SIGTERM and SIGINT as a file descriptor that becomes readable, and stays so.
-struct Signals(UnixStream);
-
-impl Signals {
-    /// Catches the signals, and starts the thread that ends the process if it has not ended some time after: no matter
-    /// which other thread hangs, and in what.
-    fn install() -> io::Result<Self> {
-        let (receiver, sender) = UnixStream::pair()?;
-        for signal in [SIGTERM, SIGINT] {
-            signal_hook::low_level::pipe::register(signal, sender.try_clone()?)?;
-        }
-        let watched = receiver.try_clone()?;
-        thread::Builder::new().name("watchdog".into()).spawn(move || {
-            if wait(&[watched.as_fd()]).is_ok() {
-                thread::sleep(DRAIN_TIMEOUT);
-                error!("Requests in flight did not finish within {} seconds", DRAIN_TIMEOUT.as_secs());
-                std::process::exit(1);
-            }
-        })?;
-        Ok(Self(receiver))
-    }
-}
-
-impl AsFd for Signals {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-}
-
-/// Waits until one of `fds` is readable or closed, and gives the place of the first that is.
-fn wait(fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
-    let mut polled: Vec<PollFd<'_>> =
-        fds.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
-    loop {
-        match poll(&mut polled, None) {
-            Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-            Ok(_) => {
-                if let Some(first) = polled.iter().position(|fd| !fd.revents().is_empty()) {
-                    return Ok(first);
-                }
-            }
-        }
     }
 }
 
@@ -255,14 +306,14 @@ impl<D: Device> Connection<D> {
     }
 
     /// Completes what is in flight, and ends all threads of the connection.
-    fn close(mut self) {
+    fn close(mut self, socket: &Socket) {
         self.backend.stop();
         // Fails when the front end was first.
         let _ = self.front.shutdown(std::net::Shutdown::Both);
         match self.link.join() {
-            Ok(Ok(())) => info_limited!("The front end has left"),
-            Ok(Err(error)) => warn_limited!("The connection to the front end has ended: {error}"),
-            Err(_) => error!("The connection to the front end has ended by a bug"),
+            Ok(Ok(())) => info_limited!("The front end on {socket} has left"),
+            Ok(Err(error)) => warn_limited!("The connection to the front end on {socket} has ended: {error}"),
+            Err(_) => error!("The connection to the front end on {socket} has ended by a bug"),
         }
         // The link closed the private socket, which ends the daemon's thread. Its error says just that.
         let _ = self.daemon.wait();

@@ -1,9 +1,11 @@
-//! The socket on which a daemon meets its front end: created at a path, inherited, or handed over by systemd.
+//! The socket on which a daemon meets its front end: created at a path, connected to, inherited, or handed over by
+//! systemd.
 //!
-//! [`Socket::open`] implements the socket part of "Backend program conventions" in QEMU's
-//! `docs/interop/vhost-user.rst`. The three sources end in one of two states: the daemon listens and front ends may
-//! come and go, or it has one connection and ends with it.
+//! [`Socket::from_args`] implements the socket part of "Backend program conventions" in QEMU's
+//! `docs/interop/vhost-user.rst`. All sources end in one of three states: the daemon listens and front ends may come
+//! and go, it connects to where the front end listens, or it has one connection and ends with it.
 
+mod client;
 mod inherited;
 mod lock;
 mod path;
@@ -14,35 +16,75 @@ use std::fmt;
 use std::io;
 use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use crate::cli::CommonArgs;
+use crate::cli::SocketArgs;
+pub use client::{ConnectError, Target};
 pub use sys::{InheritError, inherited_fd};
 
-/// What a daemon got to meet its front end. Both kinds are in blocking mode and are closed on `exec`.
+/// What a daemon got to meet its front end. All are in blocking mode and closed on `exec`.
 #[derive(Debug)]
 pub enum Socket {
     /// Front ends connect to this socket.
     Listening(Listener),
+    /// The front end listens here, and the daemon connects, again and again.
+    Connecting(Target),
     /// The one front end is connected already.
     Connected(UnixStream),
 }
 
+/// A socket at a path: what [`Socket::open`] is to do.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SocketOptions {
+    /// The path.
+    pub path: PathBuf,
+    /// The group, a name or a number, whose members may connect. Without effect for a client, which makes no socket.
+    pub group: Option<String>,
+    /// Connect to the path, on which the front end listens, instead of listening on it.
+    pub client: bool,
+}
+
 impl Socket {
-    /// Opens the socket that the command line names, or the one that systemd passed (`sd_listen_fds(3)`) if it
-    /// names none.
+    /// Listens at the path of `options`, or gets ready to connect to it.
     ///
-    /// Call it once, before the sandbox closes.
-    pub fn open(args: &CommonArgs) -> Result<Self, SocketError> {
-        if let Some(path) = &args.socket_path {
-            return path::listen(path, args.socket_group.as_deref()).map(Self::Listening);
+    /// Call it before the sandbox closes. A client needs the path as long as it lives.
+    pub fn open(options: &SocketOptions) -> Result<Self, SocketError> {
+        if options.client {
+            Target::new(&options.path).map(Self::Connecting)
+        } else {
+            path::listen(&options.path, options.group.as_deref()).map(Self::Listening)
         }
-        let fd = match args.fd {
-            Some(fd) => Some(fd),
-            None => inherited::listen_fd(|name| std::env::var_os(name), std::process::id())?,
-        };
-        inherited::open(fd.ok_or(SocketError::NoSource)?)
+    }
+
+    /// Opens the one socket that the command line names, or takes the one that systemd passed if it names none.
+    pub fn from_args(args: &SocketArgs) -> Result<Self, SocketError> {
+        if let Some(path) = args.socket_path.clone() {
+            return Self::open(&SocketOptions {
+                path,
+                group: args.socket_group.clone(),
+                client: args.client,
+            });
+        }
+        match args.fd {
+            Some(fd) => Self::inherited(fd),
+            // One was asked for, so one is there.
+            None => Self::from_systemd(Some(1))?.pop().ok_or(SocketError::NoSource),
+        }
+    }
+
+    /// Takes over the socket that the daemon's parent passed as file descriptor `fd`, listening or connected.
+    pub fn inherited(fd: RawFd) -> Result<Self, SocketError> {
+        inherited::open(fd)
+    }
+
+    /// Takes over the sockets that systemd passed (`sd_listen_fds(3)`), in the order of the `ListenStream=` lines of
+    /// its socket unit: exactly as many as are `wanted`, or all if that is `None`. There is at least one, or it fails.
+    ///
+    /// A file descriptor can be taken over once, so this can be called once.
+    pub fn from_systemd(wanted: Option<usize>) -> Result<Vec<Self>, SocketError> {
+        let fds = inherited::listen_fds(|name| std::env::var_os(name), std::process::id(), wanted)?;
+        fds.map(inherited::open).collect()
     }
 }
 
@@ -53,7 +95,14 @@ impl fmt::Display for Socket {
             Self::Listening(Listener { claim: Some(claim), .. }) => {
                 write!(f, "socket {}", claim.path().display())
             }
-            Self::Listening(_) => f.write_str("inherited listening socket"),
+            Self::Listening(Listener { claim: None, listener }) => {
+                f.write_str("inherited listening socket")?;
+                match listener.local_addr().ok().as_ref().and_then(SocketAddr::as_pathname) {
+                    Some(path) => write!(f, " {}", path.display()),
+                    None => Ok(()),
+                }
+            }
+            Self::Connecting(target) => write!(f, "socket {}", target.path().display()),
             Self::Connected(_) => f.write_str("inherited connection"),
         }
     }
@@ -247,14 +296,16 @@ pub enum SocketError {
         value: OsString,
     },
 
-    /// Systemd passed more than one socket.
+    /// Systemd passed another number of sockets than the daemon has devices.
     #[error(
-        "systemd passed {count} sockets (LISTEN_FDS), the daemon serves one: leave one ListenStream= in its socket \
-         unit"
+        "systemd passed {count} sockets (LISTEN_FDS), the daemon serves {wanted}: have as many ListenStream= in its \
+         socket unit"
     )]
     ListenCount {
-        /// How many.
+        /// How many it passed.
         count: u32,
+        /// How many are needed.
+        wanted: usize,
     },
 
     /// The number is not that of an inherited file descriptor.

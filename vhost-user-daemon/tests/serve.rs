@@ -1,25 +1,36 @@
-//! A device served to a front end over a real socket: what the link adds to the stock crates.
+//! A device served to a front end over a real socket: what the link adds to the stock crates, and how front ends and
+//! daemons come and go.
 
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread;
-use std::time::Duration;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+use std::{env, fs};
 
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
 use vhost::VhostBackend;
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserProtocolFeatures as ProtocolFeatures, VhostUserVirtioFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
-use vhost_user_daemon::socket::Socket;
-use vhost_user_daemon::{ConfigNotifier, Device, Progress, RING_FEATURES, SharedRing, ServeOptions, Worker, serve};
+use vhost_user_daemon::serve::ServeError;
+use vhost_user_daemon::socket::{Socket, SocketOptions};
+use vhost_user_daemon::{
+    ConfigNotifier, Device, Progress, RING_FEATURES, ServeOptions, SharedRing, Worker, serve, serve_all,
+};
 
 const SET_FEATURES: u32 = 2;
 const SET_VRING_ENABLE: u32 = 18;
 const NEED_REPLY: u32 = 8;
+
+/// Of each connection of this device a worker is missing.
+const BROKEN: u64 = u64::MAX;
 
 /// A device whose configuration space is a number.
 #[derive(Default)]
@@ -59,7 +70,11 @@ impl Device for Number {
     fn reset(&self) {}
 
     fn new_worker(self: &Arc<Self>, _index: usize) -> io::Result<Nothing> {
-        Ok(Nothing)
+        if self.0.load(Ordering::SeqCst) == BROKEN {
+            Err(io::ErrorKind::OutOfMemory.into())
+        } else {
+            Ok(Nothing)
+        }
     }
 }
 
@@ -80,7 +95,7 @@ struct Served {
     path: PathBuf,
     device: Arc<Number>,
     notifier: ConfigNotifier,
-    _directory: tempfile::TempDir,
+    _directory: TempDir,
 }
 
 impl Served {
@@ -93,7 +108,7 @@ impl Served {
         let (served, channel) = (Arc::clone(&device), notifier.clone());
         // Ends with the process, as a daemon does without a signal.
         thread::spawn(move || {
-            serve(&served, &channel, &Socket::Listening(listener.into()), ServeOptions::default()).unwrap();
+            serve(&served, &channel, &Socket::Listening(listener.into()), &ServeOptions::default()).unwrap();
         });
         Self { path, device, notifier, _directory: directory }
     }
@@ -193,4 +208,318 @@ fn rings_may_be_enabled_in_any_order() {
     assert_eq!(acknowledged(&mut stream, SET_FEATURES, &u64::MAX.to_ne_bytes()), 1);
     assert_eq!(acknowledged(&mut stream, SET_FEATURES, &[0; 3]), 1);
     assert_eq!(acknowledged(&mut stream, SET_VRING_ENABLE, &enable(0, 1)), 0);
+}
+
+/// Longer than anything here takes on a loaded machine.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Serves devices whose numbers are their places in `sockets`, until the process ends or all have left.
+fn serve_numbers(
+    numbers: impl IntoIterator<Item = u64>,
+    sockets: &[SocketOptions],
+    options: &ServeOptions,
+) -> Result<(), ServeError> {
+    let devices: Vec<_> = numbers.into_iter().map(|number| Arc::new(Number(number.into()))).collect();
+    let sockets: Vec<_> = sockets.iter().map(|socket| Socket::open(socket).unwrap()).collect();
+    let notifiers: Vec<_> = sockets.iter().map(|_| ConfigNotifier::default()).collect();
+    let served: Vec<_> = devices
+        .iter()
+        .zip(&notifiers)
+        .zip(&sockets)
+        .map(|((device, notifier), socket)| vhost_user_daemon::Served { device, notifier, socket })
+        .collect();
+    serve_all(&served, options)
+}
+
+fn listening(path: &Path) -> SocketOptions {
+    SocketOptions { path: path.into(), ..SocketOptions::default() }
+}
+
+fn client(path: &Path) -> SocketOptions {
+    SocketOptions { client: true, ..listening(path) }
+}
+
+/// Serves on a thread.
+fn start(sockets: Vec<SocketOptions>, exit_on_disconnect: bool) -> JoinHandle<()> {
+    let options = ServeOptions { exit_on_disconnect, ..ServeOptions::default() };
+    thread::spawn(move || serve_numbers(0..sockets.len() as u64, &sockets, &options).unwrap())
+}
+
+/// Waits until `attempt` succeeds.
+#[track_caller]
+fn eventually<T>(what: &str, mut attempt: impl FnMut() -> Option<T>) -> T {
+    let end = Instant::now() + LIMIT;
+    loop {
+        if let Some(result) = attempt() {
+            return result;
+        }
+        assert!(Instant::now() < end, "{what} takes too long");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A front end that listens at `path`.
+fn listen(path: &Path) -> UnixListener {
+    let listener = UnixListener::bind(path).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    listener
+}
+
+/// A front end to which a daemon connects.
+#[track_caller]
+fn accept(listener: &UnixListener) -> Frontend {
+    let stream = eventually("connecting", || listener.accept().ok()).0;
+    stream.set_nonblocking(false).unwrap();
+    Frontend::from_stream(stream, 2)
+}
+
+/// A front end that connects to a daemon that may not listen yet.
+#[track_caller]
+fn connect(path: &Path) -> Frontend {
+    Frontend::from_stream(eventually("listening", || UnixStream::connect(path).ok()), 2)
+}
+
+/// Whether the daemon answers, and is the one that serves `number`.
+#[track_caller]
+fn check(front_end: &mut Frontend, number: u64) {
+    front_end.set_owner().unwrap();
+    front_end.get_features().unwrap();
+    let offered = front_end.get_protocol_features().unwrap();
+    front_end.set_protocol_features(offered & !ProtocolFeatures::STATUS).unwrap();
+    check_again(front_end, number);
+}
+
+#[track_caller]
+fn check_again(front_end: &mut Frontend, number: u64) {
+    let config = front_end.get_config(0, 8, VhostUserConfigFlags::empty(), &[0; 8]).unwrap().1;
+    assert_eq!(config, number.to_le_bytes());
+}
+
+#[test]
+fn a_client_connects_whenever_the_front_end_listens() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    start(vec![client(&path)], false);
+    let listener = listen(&path);
+    let mut front_end = accept(&listener);
+    check(&mut front_end, 0);
+    // It has one connection at a time.
+    assert_eq!(listener.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    drop(front_end);
+    check(&mut accept(&listener), 0);
+    // One that hangs up at once is called again.
+    for _ in 0..2 {
+        drop(accept(&listener));
+    }
+
+    fs::remove_file(&path).unwrap();
+    drop(listener);
+    let listener = listen(&path);
+    check(&mut accept(&listener), 0);
+    fs::remove_file(&path).unwrap();
+    let left: Vec<_> = fs::read_dir(directory.path()).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn a_client_can_end_with_its_front_end() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let daemon = start(vec![client(&path)], true);
+    let listener = listen(&path);
+    check(&mut accept(&listener), 0);
+    daemon.join().unwrap();
+    assert!(path.exists(), "the path is the front end's");
+}
+
+#[test]
+fn front_ends_of_several_sockets_do_not_disturb_each_other() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let listener = listen(&path("c"));
+    start(vec![listening(&path("a")), listening(&path("b")), client(&path("c"))], false);
+    let (mut a, mut b, mut c) = (connect(&path("a")), connect(&path("b")), accept(&listener));
+    check(&mut a, 0);
+    check(&mut b, 1);
+    check(&mut c, 2);
+    for _ in 0..3 {
+        drop(a);
+        check_again(&mut b, 1);
+        a = connect(&path("a"));
+        check(&mut a, 0);
+        check_again(&mut c, 2);
+    }
+    drop((a, c));
+    check_again(&mut b, 1);
+    check(&mut accept(&listener), 2);
+}
+
+/// It ends when each socket has had a front end and none has one any more.
+#[test]
+fn several_sockets_end_with_the_last_front_end() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let daemon = start(vec![listening(&path("a")), listening(&path("b"))], true);
+    let mut a = connect(&path("a"));
+    check(&mut a, 0);
+    drop(a);
+    // The other one has not come yet.
+    let mut a = connect(&path("a"));
+    check(&mut a, 0);
+    let mut b = connect(&path("b"));
+    check(&mut b, 1);
+    drop(a);
+    check_again(&mut b, 1);
+    let mut a = connect(&path("a"));
+    check(&mut a, 0);
+    drop(b);
+    check_again(&mut a, 0);
+    assert!(!daemon.is_finished());
+    drop(a);
+    daemon.join().unwrap();
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0, "nothing is left behind");
+}
+
+/// Not a test of its own: a daemon in a process that signals reach. Says "report" on SIGUSR1.
+#[test]
+#[ignore = "child of other tests"]
+fn child() {
+    let paths = |name| {
+        let list = env::var_os(name).unwrap_or_default();
+        // The empty list has one empty path.
+        env::split_paths(&list).filter(|path| path.file_name().is_some()).collect::<Vec<_>>()
+    };
+    let sockets: Vec<_> = paths("TEST_LISTEN")
+        .iter()
+        .map(|path| listening(path))
+        .chain(paths("TEST_CONNECT").iter().map(|path| client(path)))
+        .collect();
+    let numbers = (0..sockets.len() as u64).map(|number| {
+        if env::var("TEST_BROKEN").is_ok_and(|broken| broken == number.to_string()) { BROKEN } else { number }
+    });
+    let options =
+        ServeOptions { on_report: Some(Arc::new(|| eprintln!("report"))), ..ServeOptions::default() };
+    serve_numbers(numbers, &sockets, &options).unwrap();
+}
+
+/// A daemon in a process of its own.
+struct Process {
+    child: Child,
+    stderr: BufReader<std::process::ChildStderr>,
+    notifications: UnixDatagram,
+    directory: TempDir,
+}
+
+impl Process {
+    /// Starts [`child`] with the sockets `listen` and `connect`, and waits until it catches signals.
+    fn start(listen: &[&str], connect: &[&str], broken: &str) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let paths =
+            |names: &[&str]| env::join_paths(names.iter().map(|name| directory.path().join(name))).unwrap();
+        let notifications = UnixDatagram::bind(directory.path().join("notify")).unwrap();
+        notifications.set_read_timeout(Some(LIMIT)).unwrap();
+        let mut child = Command::new(env::current_exe().unwrap())
+            .args(["--exact", "child", "--ignored", "--nocapture"])
+            .env("TEST_LISTEN", paths(listen))
+            .env("TEST_CONNECT", paths(connect))
+            .env("TEST_BROKEN", broken)
+            .env("NOTIFY_SOCKET", directory.path().join("notify"))
+            .stderr(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let process = Self { child, stderr, notifications, directory };
+        assert_eq!(process.notification(), "READY=1");
+        process
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// What the daemon tells its service manager.
+    #[track_caller]
+    fn notification(&self) -> String {
+        let mut buffer = [0; 64];
+        let len = self.notifications.recv(&mut buffer).unwrap();
+        String::from_utf8_lossy(&buffer[..len]).trim().to_owned()
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// Waits for the end; whether it was an orderly one, and what was said.
+    #[track_caller]
+    fn end(mut self) -> (bool, String) {
+        let status = eventually("ending", || self.child.try_wait().unwrap());
+        let mut text = String::new();
+        self.stderr.read_to_string(&mut text).unwrap();
+        (status.success(), text)
+    }
+}
+
+/// A test that fails leaves no process behind.
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn sigterm_ends_a_client_that_waits() {
+    let daemon = Process::start(&[], &["nobody"], "");
+    daemon.signal(Signal::TERM);
+    assert_eq!(daemon.notification(), "STOPPING=1");
+    let (orderly, text) = daemon.end();
+    assert!(orderly, "{text}");
+}
+
+#[test]
+fn sigterm_ends_all_sockets() {
+    let daemon = Process::start(&["a", "b", "c"], &["d", "e"], "");
+    let listener = listen(&daemon.path("d"));
+    let (mut a, mut b, mut d) = (connect(&daemon.path("a")), connect(&daemon.path("b")), accept(&listener));
+    check(&mut a, 0);
+    check(&mut b, 1);
+    check(&mut d, 3);
+    daemon.signal(Signal::TERM);
+    let paths = ["a", "b", "c", "a.lock"].map(|name| daemon.path(name));
+    eventually("ending", || (!paths.iter().any(|path| path.exists())).then_some(()));
+    assert!(a.get_features().is_err());
+    assert!(b.get_features().is_err());
+    assert!(d.get_features().is_err());
+    let (orderly, text) = daemon.end();
+    assert!(orderly, "{text}");
+}
+
+#[test]
+fn an_error_on_one_socket_ends_all() {
+    let daemon = Process::start(&["a", "b"], &[], "1");
+    let mut a = connect(&daemon.path("a"));
+    check(&mut a, 0);
+    let _b = connect(&daemon.path("b"));
+    assert_eq!(daemon.notification(), "STOPPING=1");
+    let (orderly, text) = daemon.end();
+    assert!(!orderly && text.contains("Connection("), "{text}");
+    assert!(a.get_features().is_err());
+}
+
+#[test]
+fn sigusr1_asks_for_a_report() {
+    let mut daemon = Process::start(&["a"], &[], "");
+    let mut front_end = connect(&daemon.path("a"));
+    check(&mut front_end, 0);
+    for _ in 0..3 {
+        daemon.signal(Signal::USR1);
+        let mut line = String::new();
+        daemon.stderr.read_line(&mut line).unwrap();
+        assert_eq!(line, "report\n");
+    }
+    check_again(&mut front_end, 0);
+    daemon.signal(Signal::TERM);
+    let (orderly, text) = daemon.end();
+    assert!(orderly, "{text}");
 }

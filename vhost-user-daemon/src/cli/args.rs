@@ -14,10 +14,24 @@ pub const MAX_QUEUES: u16 = 64;
 /// Entries that a queue can have at most. The virtio specification allows 32768, QEMU and the other front ends 1024.
 pub const MAX_QUEUE_SIZE: u16 = 1024;
 
-/// Where a daemon gets its socket from, what it logs, and when it ends.
-#[expect(clippy::doc_markdown, reason = "--help shows these comments as they are")]
+/// The flags of a daemon that serves one device: where it gets its socket from, what it logs, and when it ends.
 #[derive(Args, Clone, Debug, Default)]
 pub struct CommonArgs {
+    /// The flags about the socket.
+    #[command(flatten)]
+    pub socket: SocketArgs,
+
+    /// The flags about everything else.
+    #[command(flatten)]
+    pub service: ServiceArgs,
+}
+
+/// Where a daemon gets its one socket from: [`Socket::from_args`](crate::socket::Socket::from_args).
+///
+/// A daemon with several sockets has flags of its own for them, and flattens [`ServiceArgs`].
+#[expect(clippy::doc_markdown, reason = "--help shows these comments as they are")]
+#[derive(Args, Clone, Debug, Default)]
+pub struct SocketArgs {
     /// Listen on a UNIX socket that is created at PATH
     ///
     /// The virtual machine monitor connects to it as the vhost-user front end. Only the user who runs the daemon
@@ -28,6 +42,14 @@ pub struct CommonArgs {
     /// ListenStream=.
     #[arg(long, value_name = "PATH", conflicts_with = "fd", help_heading = "Socket")]
     pub socket_path: Option<PathBuf>,
+
+    /// Connect to --socket-path, on which the virtual machine monitor listens, instead of listening on it
+    ///
+    /// For a monitor that is the server: QEMU with server=on for the chardev, DPDK's virtio-user with server=1. The
+    /// daemon tries until somebody listens, and again when the connection has ended, unless --exit-on-disconnect is
+    /// given. It neither makes nor removes files.
+    #[arg(long, requires = "socket_path", conflicts_with_all = ["fd", "socket_group"], help_heading = "Socket")]
+    pub client: bool,
 
     /// Use the socket that was inherited as file descriptor N
     ///
@@ -40,7 +62,12 @@ pub struct CommonArgs {
     /// Let members of GROUP (a name or a number) connect to --socket-path
     #[arg(long, value_name = "GROUP", requires = "socket_path", help_heading = "Socket")]
     pub socket_group: Option<String>,
+}
 
+/// When a daemon ends and what it logs, however many sockets it has.
+#[expect(clippy::doc_markdown, reason = "--help shows these comments as they are")]
+#[derive(Args, Clone, Debug, Default)]
+pub struct ServiceArgs {
     /// Exit after the first front end has disconnected
     ///
     /// By default the daemon waits for the next one, so that a virtual machine can be restarted on its own. A
@@ -62,7 +89,7 @@ pub struct CommonArgs {
     pub log_format: Format,
 }
 
-impl CommonArgs {
+impl ServiceArgs {
     /// Starts the logger as these flags ask for; see [`log::init`](crate::log::init).
     pub fn init_log(&self) {
         crate::log::init(self.log_level.map(LevelFilter::from), self.log_format);
@@ -168,11 +195,13 @@ mod tests {
     #[test]
     fn defaults() {
         let args = parse(&[]).unwrap();
-        assert_eq!(args.common.socket_path, None);
-        assert_eq!(args.common.fd, None);
-        assert_eq!(args.common.log_level, None);
-        assert_eq!(args.common.log_format, Format::Text);
-        assert!(!args.common.exit_on_disconnect);
+        let CommonArgs { socket, service } = args.common;
+        assert_eq!(socket.socket_path, None);
+        assert_eq!(socket.fd, None);
+        assert!(!socket.client);
+        assert_eq!(service.log_level, None);
+        assert_eq!(service.log_format, Format::Text);
+        assert!(!service.exit_on_disconnect);
         assert!((1..=16).contains(&args.queues.num_queues));
         assert_eq!(args.queues.size.queue_size, 256);
     }
@@ -189,14 +218,25 @@ mod tests {
             "--queue-size=1024",
         ])
         .unwrap();
-        assert_eq!(args.common.socket_path.as_deref(), Some(Path::new("/run/x.sock")));
-        assert_eq!(args.common.socket_group.as_deref(), Some("kvm"));
-        assert_eq!(args.common.log_level, Some(LogLevel::Off));
-        assert_eq!(args.common.log_format, Format::Json);
-        assert!(args.common.exit_on_disconnect);
+        let CommonArgs { socket, service } = args.common;
+        assert_eq!(socket.socket_path.as_deref(), Some(Path::new("/run/x.sock")));
+        assert_eq!(socket.socket_group.as_deref(), Some("kvm"));
+        assert_eq!(service.log_level, Some(LogLevel::Off));
+        assert_eq!(service.log_format, Format::Json);
+        assert!(service.exit_on_disconnect);
         assert_eq!(args.queues.num_queues, 8);
         assert_eq!(args.queues.size.queue_size, 1024);
-        assert_eq!(parse(&["--fd=7"]).unwrap().common.fd, Some(7));
+        assert_eq!(parse(&["--fd=7"]).unwrap().common.socket.fd, Some(7));
+        assert!(parse(&["--socket-path=/run/x.sock", "--client"]).unwrap().common.socket.client);
+    }
+
+    #[test]
+    fn a_client_needs_a_path_and_nothing_else() {
+        assert!(failure(&["--client"]).contains("--socket-path <PATH>"));
+        for other in ["--fd=3", "--socket-group=kvm"] {
+            let message = failure(&["--client", other, "--socket-path=/run/x.sock"]);
+            assert!(message.contains("cannot be used with"), "{message}");
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Sockets that the daemon's parent opened: `--fd`, and systemd's socket activation.
 
 use std::ffi::OsString;
+use std::ops::Range;
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
@@ -41,15 +42,17 @@ fn classify(socket: OwnedFd, fd: RawFd) -> Result<Socket, SocketError> {
     })
 }
 
-/// The descriptor that systemd passed, if any: `sd_listen_fds(3)` on the variables that `variable` looks up.
+/// The descriptors that systemd passed: `sd_listen_fds(3)` on the variables that `variable` looks up. As many as are
+/// `wanted`, if that is said, and at least one.
 ///
 /// `sd_notify::listen_fds` would set the close-on-exec flag, whose absence is what [`sys::inherited_fd`] goes by.
 /// The variables stay in the environment: removing them is not thread-safe, and `LISTEN_PID` already keeps children
 /// from believing that they are meant.
-pub(super) fn listen_fd(
+pub(super) fn listen_fds(
     variable: impl Fn(&str) -> Option<OsString>,
     pid: u32,
-) -> Result<Option<RawFd>, SocketError> {
+    wanted: Option<usize>,
+) -> Result<Range<RawFd>, SocketError> {
     let number = |name: &'static str| match variable(name) {
         None => Ok(None),
         Some(value) => match value.to_str().and_then(|text| text.parse::<u32>().ok()) {
@@ -58,19 +61,24 @@ pub(super) fn listen_fd(
         },
     };
     if number("LISTEN_PID")? != Some(pid) {
-        return Ok(None);
+        return Err(SocketError::NoSource);
     }
-    match number("LISTEN_FDS")?.unwrap_or(0) {
-        0 => Ok(None),
-        1 => Ok(Some(LISTEN_FDS_START)),
-        count => Err(SocketError::ListenCount { count }),
+    let count = number("LISTEN_FDS")?.unwrap_or(0);
+    if count == 0 {
+        return Err(SocketError::NoSource);
+    }
+    let wanted = wanted.unwrap_or(count as usize);
+    let end = RawFd::try_from(count).ok().and_then(|count| LISTEN_FDS_START.checked_add(count));
+    match end {
+        Some(end) if wanted == count as usize => Ok(LISTEN_FDS_START..end),
+        _ => Err(SocketError::ListenCount { count, wanted }),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::CommonArgs;
+    use crate::cli::SocketArgs;
     use rustix::io::{FdFlags, fcntl_setfd};
     use rustix::net::socket;
     use std::fs::File;
@@ -93,15 +101,16 @@ mod tests {
     }
 
     fn open_fd(fd: RawFd) -> Result<Socket, SocketError> {
-        Socket::open(&CommonArgs { fd: Some(fd), ..CommonArgs::default() })
+        Socket::from_args(&SocketArgs { fd: Some(fd), ..SocketArgs::default() })
     }
 
     #[test]
     fn a_listening_socket_listens_in_blocking_mode() {
         let listener = listener();
         listener.set_nonblocking(true).unwrap();
+        let path = listener.local_addr().unwrap().as_pathname().unwrap().to_owned();
         let socket = open_fd(pass(listener)).unwrap();
-        assert_eq!(socket.to_string(), "inherited listening socket");
+        assert_eq!(socket.to_string(), format!("inherited listening socket {}", path.display()));
         let Socket::Listening(listener) = socket else { panic!("{socket:?}") };
         assert!(!rustix::fs::fcntl_getfl(&listener).unwrap().contains(rustix::fs::OFlags::NONBLOCK));
         assert_eq!(rustix::io::fcntl_getfd(&listener).unwrap(), FdFlags::CLOEXEC);
@@ -143,18 +152,22 @@ mod tests {
         assert!(error.to_string().starts_with("File descriptor 2147483647 is not open: "), "{error}");
     }
 
-    fn listen_fd_of(variables: &[(&str, &str)]) -> Result<Option<RawFd>, SocketError> {
+    fn listen_fds_of(variables: &[(&str, &str)], wanted: Option<usize>) -> Result<Vec<RawFd>, SocketError> {
         let find = |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| value.into());
-        listen_fd(find, 42)
+        listen_fds(find, 42, wanted).map(Iterator::collect)
     }
 
     #[test]
-    fn systemd_passes_exactly_one_socket() {
-        assert_eq!(listen_fd_of(&[("LISTEN_PID", "42"), ("LISTEN_FDS", "1")]).unwrap(), Some(3));
-        for count in ["2", "4294967295"] {
-            let error = listen_fd_of(&[("LISTEN_PID", "42"), ("LISTEN_FDS", count)]).unwrap_err();
+    fn systemd_passes_as_many_sockets_as_are_wanted() {
+        let of = |count: &str, wanted| listen_fds_of(&[("LISTEN_PID", "42"), ("LISTEN_FDS", count)], wanted);
+        assert_eq!(of("1", Some(1)).unwrap(), [3]);
+        assert_eq!(of("3", Some(3)).unwrap(), [3, 4, 5]);
+        assert_eq!(of("2", None).unwrap(), [3, 4]);
+        for (count, wanted) in [("2", Some(1)), ("1", Some(2)), ("4294967295", Some(1)), ("4294967295", None)]
+        {
+            let error = of(count, wanted).unwrap_err();
             assert!(matches!(error, SocketError::ListenCount { .. }), "{error}");
-            assert!(error.to_string().contains(count), "{error}");
+            assert!(error.to_string().contains(&format!("passed {count} sockets")), "{error}");
         }
     }
 
@@ -168,7 +181,10 @@ mod tests {
             &[("LISTEN_PID", "41"), ("LISTEN_FDS", "2")],
             &[("LISTEN_PID", "41"), ("LISTEN_FDS", "x")],
         ] {
-            assert_eq!(listen_fd_of(variables).unwrap(), None, "{variables:?}");
+            for wanted in [None, Some(1)] {
+                let error = listen_fds_of(variables, wanted).unwrap_err();
+                assert!(matches!(error, SocketError::NoSource), "{variables:?}: {error}");
+            }
         }
     }
 
@@ -178,7 +194,7 @@ mod tests {
             ([("LISTEN_PID", "x"), ("LISTEN_FDS", "1")], "LISTEN_PID"),
             ([("LISTEN_PID", "42"), ("LISTEN_FDS", "-1")], "LISTEN_FDS"),
         ] {
-            let error = listen_fd_of(&variables).unwrap_err();
+            let error = listen_fds_of(&variables, None).unwrap_err();
             assert!(error.to_string().contains(name), "{error}");
         }
     }
@@ -187,9 +203,14 @@ mod tests {
     #[test]
     #[ignore = "child of other tests"]
     fn child() {
-        let fd = env::var("TEST_FD").ok().map(|fd| fd.parse().unwrap());
-        match Socket::open(&CommonArgs { fd, ..CommonArgs::default() }) {
-            Ok(socket) => eprintln!("opened: {socket}"),
+        let number = |name| env::var(name).ok().map(|number| number.parse().unwrap());
+        let sockets = match number("TEST_WANTED") {
+            Some(wanted) => Socket::from_systemd(Some(wanted as usize)),
+            None => Socket::from_args(&SocketArgs { fd: number("TEST_FD"), ..SocketArgs::default() })
+                .map(|socket| vec![socket]),
+        };
+        match sockets {
+            Ok(sockets) => sockets.iter().for_each(|socket| eprintln!("opened: {socket}")),
             Err(error) => eprintln!("failed: {error}"),
         }
     }
@@ -218,6 +239,10 @@ mod tests {
         let (ours, _peer) = UnixStream::pair().unwrap();
         let output = run_child(OwnedFd::from(ours), "exec 9<&0 </dev/null; export TEST_FD=9");
         assert!(output.contains("opened: inherited connection"), "{output}");
+
+        let listen = "exec 3<&0 4<&0 </dev/null; export LISTEN_PID=$$ LISTEN_FDS=2 TEST_WANTED=2";
+        let output = run_child(OwnedFd::from(listener()), listen);
+        assert_eq!(output.matches("opened: inherited listening socket").count(), 2, "{output}");
 
         for setup in ["unset LISTEN_PID", "export LISTEN_PID=1 LISTEN_FDS=1"] {
             let output = run_child(File::open("/dev/null").unwrap(), setup);

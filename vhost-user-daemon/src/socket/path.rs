@@ -205,11 +205,11 @@ impl Drop for Claim {
     }
 }
 
-fn new_socket(flags: SocketFlags) -> Result<OwnedFd, Errno> {
+pub(super) fn new_socket(flags: SocketFlags) -> Result<OwnedFd, Errno> {
     rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags | SocketFlags::CLOEXEC, None)
 }
 
-fn describe(file_type: FileType) -> &'static str {
+pub(super) fn describe(file_type: FileType) -> &'static str {
     match file_type {
         FileType::RegularFile => "regular file",
         FileType::Directory => "directory",
