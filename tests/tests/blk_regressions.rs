@@ -597,3 +597,31 @@ fn memory_that_is_not_shared_is_named_as_the_cause() -> Result<()> {
     device.blk_config()?;
     Ok(())
 }
+
+/// Requests in flight are not taken up a second time because the memory map changes.
+#[test]
+fn requests_in_flight_survive_a_change_of_the_memory_map() -> Result<()> {
+    let options = RawOptions::default()
+        .layout(Layout::TwoWithGap)
+        .with_protocol(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS);
+    for args in [&["--cache", "direct"][..], &[][..]] {
+        let RawSetup { mut ring, mut device, fixture: _fixture } = RawSetup::new(args, &options)?;
+        check_serves(&mut ring)?;
+        // Of no use to the ring.
+        let region = device.memory().table()[1];
+        for round in 0..50 {
+            let mut load = Load::new(24, 4096);
+            load.publish(&mut ring, 12);
+            ring.kick();
+            std::thread::sleep(Duration::from_micros(100 * (round % 5)));
+            device.frontend.remove_mem_region(&region)?;
+            load.publish(&mut ring, 4);
+            ring.kick();
+            device.frontend.add_mem_region(&region)?;
+            load.finish(&mut ring).with_context(|| format!("{args:?} round {round}"))?;
+        }
+        check_serves(&mut ring)?;
+        ensure!(ring.used_idx() == ring.used_seen(), "Nothing comes back twice");
+    }
+    Ok(())
+}

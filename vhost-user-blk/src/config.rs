@@ -85,14 +85,6 @@ impl BlkConfig {
         }
         config
     }
-
-    /// Copies the bytes from `offset` on to `data`, as far as there are any.
-    pub fn read(&self, offset: usize, data: &mut [u8]) {
-        if let Some(bytes) = self.as_bytes().get(offset..) {
-            let len = bytes.len().min(data.len());
-            data[..len].copy_from_slice(&bytes[..len]);
-        }
-    }
 }
 
 #[cfg(test)]
@@ -105,22 +97,5 @@ mod tests {
         assert_eq!(std::mem::offset_of!(BlkConfig, writeback), WRITEBACK_OFFSET);
         assert_eq!(std::mem::offset_of!(BlkConfig, max_discard_sectors), 36);
         assert_eq!(std::mem::offset_of!(BlkConfig, write_zeroes_may_unmap), 56);
-    }
-
-    #[test]
-    fn any_part_can_be_read() {
-        let config = BlkConfig { capacity: 0x0102_0304.into(), writeback: 1, ..BlkConfig::default() };
-        let mut whole = [0; 64];
-        config.read(0, &mut whole);
-        for offset in [0, 3, 32, 59, 60, 63, 1 << 40] {
-            let mut part = [0; 7];
-            config.read(offset, &mut part);
-            for (index, byte) in part.iter().enumerate() {
-                assert_eq!(
-                    *byte,
-                    offset.checked_add(index).and_then(|at| whole.get(at)).copied().unwrap_or(0)
-                );
-            }
-        }
     }
 }

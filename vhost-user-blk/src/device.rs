@@ -4,11 +4,14 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use vhost_user_daemon::device::read_config_space;
 use vhost_user_daemon::{Device, RING_FEATURES};
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
     VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
+
+use zerocopy::IntoBytes;
 
 use crate::config::{BlkConfig, WRITEBACK_OFFSET};
 use crate::image::{EngineChoice, EngineError, Image};
@@ -136,7 +139,7 @@ impl Device for Disk {
     }
 
     fn read_config(&self, offset: usize, data: &mut [u8]) {
-        self.config().read(offset, data);
+        read_config_space(self.config().as_bytes(), offset, data);
     }
 
     fn write_config(&self, offset: usize, data: &[u8]) -> bool {

@@ -46,6 +46,7 @@ fn help_names_every_flag() {
         "--queue-size",
         "--socket-path",
         "--fd",
+        "--client",
         "--socket-group",
         "--exit-on-disconnect",
         "--log-level",

@@ -119,14 +119,18 @@ impl<D: Device> Backend<D> {
     /// Watches what workers wait for besides kicks, in the threads of `daemon`.
     pub fn watch(&self, daemon: &VhostUserDaemon<Arc<Self>>) -> io::Result<()> {
         for (group, handler) in self.groups.iter().zip(daemon.get_epoll_handlers()) {
-            // The crate keeps the numbers up to the number of queues for itself.
-            let nudged = self.num_queues as u64 + 1;
-            handler.register_listener(group.nudge.as_raw_fd(), EventSet::IN, nudged)?;
+            let nudged = self.nudged();
+            handler.register_listener(group.nudge.as_raw_fd(), EventSet::IN, nudged.into())?;
             if let Some(fd) = group.lock().worker.event_fd() {
-                handler.register_listener(fd.as_raw_fd(), EventSet::IN, nudged + 1)?;
+                handler.register_listener(fd.as_raw_fd(), EventSet::IN, u64::from(nudged) + 1)?;
             }
         }
         Ok(())
+    }
+
+    /// The event that a worker was nudged. The crate keeps the numbers up to the number of queues for itself.
+    fn nudged(&self) -> u16 {
+        self.num_queues as u16 + 1
     }
 
     /// Makes the worker of `queue` look at it again.
@@ -165,6 +169,7 @@ impl<D: Device> Backend<D> {
                 Arc::clone(&self.log),
                 Arc::clone(&self.stopped),
                 Arc::clone(&self.inflight),
+                self.device.keeps_order(),
             ))
         };
         vrings.iter().enumerate().map(ring).collect()
@@ -245,16 +250,12 @@ impl<D: Device> VhostUserBackend for Backend<D> {
 
     /// A kick, a nudge, a ring that was just started: the same work in each case. Returns when there is nothing to do and
     /// nothing in flight. Never an error, which would end the thread for good.
-    fn handle_event(
-        &self,
-        _event: u16,
-        _events: EventSet,
-        vrings: &[Vring],
-        thread: usize,
-    ) -> io::Result<()> {
+    fn handle_event(&self, event: u16, _events: EventSet, vrings: &[Vring], thread: usize) -> io::Result<()> {
         let group = &self.groups[thread];
-        // Fails if nobody nudged.
-        let _ = group.nudge.read();
+        if event == self.nudged() {
+            // Cannot fail: nobody else reads it.
+            let _ = group.nudge.read();
+        }
         let mut queues = group.lock();
         if queues.rings.is_empty() {
             queues.rings = self.new_rings(thread, vrings);

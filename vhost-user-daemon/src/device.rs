@@ -25,6 +25,11 @@ pub trait Device: Send + Sync + 'static {
     /// Number of queues, at most 64.
     fn num_queues(&self) -> usize;
 
+    /// The flag by which the daemon offers more queues, for those who ask for more than there are.
+    fn queues_flag(&self) -> &'static str {
+        "--num-queues"
+    }
+
     /// Queues that one worker serves: those that belong together, such as both directions of a network interface. The
     /// last worker may have fewer.
     fn queues_per_worker(&self) -> usize {
@@ -67,6 +72,14 @@ pub trait Device: Send + Sync + 'static {
     /// Makes worker `index` for a new connection: the one of the queues from `index * queues_per_worker()` on. It is
     /// dropped when the connection ends, after all it had in flight was completed.
     fn new_worker(self: &Arc<Self>, index: usize) -> io::Result<Self::Worker>;
+}
+
+/// Copies a configuration space, of which `bytes` is all there is, from `offset` on: what [`Device::read_config`] does.
+pub fn read_config_space(bytes: &[u8], offset: usize, data: &mut [u8]) {
+    if let Some(bytes) = bytes.get(offset..) {
+        let len = bytes.len().min(data.len());
+        data[..len].copy_from_slice(&bytes[..len]);
+    }
 }
 
 /// The messages for network devices (vhost-user text, `VHOST_USER_PROTOCOL_F_RARP` and `VHOST_USER_PROTOCOL_F_NET_MTU`).
@@ -128,4 +141,24 @@ pub enum Progress {
     Idle,
     /// There may be chains in the ring, but what is in flight has to be completed first.
     Full,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_part_of_a_configuration_space_can_be_read() {
+        let whole = [1, 2, 3, 4];
+        for offset in [0, 1, 3, 4, 5, 1 << 40] {
+            let mut part = [0; 3];
+            read_config_space(&whole, offset, &mut part);
+            for (index, byte) in part.iter().enumerate() {
+                assert_eq!(
+                    *byte,
+                    offset.checked_add(index).and_then(|at| whole.get(at)).copied().unwrap_or(0)
+                );
+            }
+        }
+    }
 }

@@ -43,6 +43,8 @@ pub struct Ring {
     outstanding: u16,
     /// The memory map that they were popped with, by its address: they keep it, so that no other can have the same.
     popped_with: usize,
+    /// Chains are completed in the order in which they were popped, so that those not completed can be popped again.
+    keeps_order: bool,
     /// Counts how often what was popped has become void.
     epoch: u32,
     /// The guest was asked to kick.
@@ -76,7 +78,8 @@ struct UsedElement {
 }
 
 impl Ring {
-    /// The ring of queue `index`. While `stopped` is set nothing is popped.
+    /// The ring of queue `index`. While `stopped` is set nothing is popped. `keeps_order`: see
+    /// [`Device::keeps_order`](crate::Device::keeps_order).
     pub(crate) fn new(
         index: usize,
         vring: Vring,
@@ -84,6 +87,7 @@ impl Ring {
         log: Arc<DirtyLog>,
         stopped: Arc<AtomicBool>,
         shared_inflight: SharedInflight,
+        keeps_order: bool,
     ) -> Self {
         Self {
             index,
@@ -98,6 +102,7 @@ impl Ring {
             starts: 0,
             outstanding: 0,
             popped_with: 0,
+            keeps_order,
             epoch: 0,
             armed: true,
         }
@@ -110,6 +115,12 @@ impl Ring {
     /// [`Ring::batch`], which takes them back.
     pub fn epoch(&self) -> u32 {
         self.epoch
+    }
+
+    /// Whether chains were popped with a memory map that the front end has exchanged since: the next [`Ring::batch`] takes
+    /// them back.
+    pub fn is_stale(&self) -> bool {
+        self.outstanding > 0 && Arc::as_ptr(&snapshot(&self.memory)) as usize != self.popped_with
     }
 
     /// Puts the last `count` chains that were popped back, to be popped again.
@@ -131,6 +142,15 @@ impl Ring {
         self.vring.kick()
     }
 
+    /// Whether chains could be popped, if there are any.
+    pub fn is_running(&self) -> bool {
+        let state = self.vring.get_mut();
+        !self.stopped.load(Ordering::Relaxed)
+            && !self.vring.is_broken()
+            && state.get_queue().ready()
+            && state.is_enabled()
+    }
+
     /// Starts to pop chains; `None` while the ring is stopped, disabled or broken.
     pub fn batch(&mut self) -> Option<Batch<'_>> {
         if self.stopped.load(Ordering::Relaxed) || self.vring.is_broken() {
@@ -142,7 +162,11 @@ impl Ring {
         }
         let memory = snapshot(&self.memory);
         let map = Arc::as_ptr(&memory) as usize;
-        if self.outstanding > 0 && map != self.popped_with && self.vring.starts() == self.starts {
+        if self.keeps_order
+            && self.outstanding > 0
+            && map != self.popped_with
+            && self.vring.starts() == self.starts
+        {
             let queue = state.get_queue_mut();
             queue.set_next_avail(queue.next_avail().wrapping_sub(self.outstanding));
             self.outstanding = 0;
@@ -166,6 +190,10 @@ impl Ring {
                 // Whatever the front end believes: these were taken, and all before them is used.
                 state.get_queue_mut().set_next_avail(used_idx.wrapping_add(again.len() as u16));
                 self.again = again.into();
+            } else if self.keeps_order {
+                // All before it is done, whatever base the front end gives: DPDK's virtio-user says 0 to a back end that
+                // comes back.
+                state.get_queue_mut().set_next_avail(used_idx);
             }
         }
         let next_avail = state.get_queue().next_avail();
@@ -243,11 +271,15 @@ impl Ring {
     /// Leaves the ring as one that wants every kick: another back end may take it over. Also while it is stopped. What
     /// was popped and not completed goes back.
     pub(crate) fn release(&mut self) {
-        self.unpop(self.outstanding);
+        self.publish();
+        if self.keeps_order {
+            // What could not be published has no ring to go to, and was not seen by the guest.
+            self.outstanding = self.outstanding.saturating_add(self.used.len() as u16);
+            self.unpop(self.outstanding);
+        }
+        self.used.clear();
         self.epoch = self.epoch.wrapping_add(1);
         self.armed = true;
-        // What could not be published until now has no ring to go to.
-        self.used.clear();
         let state = self.vring.get_mut();
         let memory = snapshot(&self.memory);
         if let Some(layout) = Layout::resolve(&memory, &state) {

@@ -478,7 +478,8 @@ impl<D: Device> Link<D> {
             return Ok(());
         }
         Err(Refusal::new(format!(
-            "Queue {index} does not exist: the device has {count} (start the daemon with more, or ask for fewer)"
+            "Queue {index} does not exist: the device has {count} (raise {}, or have the front end ask for fewer)",
+            self.device.queues_flag()
         )))
     }
 
