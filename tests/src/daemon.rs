@@ -2,15 +2,18 @@
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::io;
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use command_fds::{CommandFdExt, FdMapping};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
+use crate::netns::Entry;
 use crate::process::{self, Process};
 use crate::provision::progress;
 
@@ -29,27 +32,37 @@ const POLL_INTERVAL: Duration = Duration::from_millis(5);
 ///
 /// `VHOST_USER_TEST_BIN` may name a folder with binaries to test instead, such as installed ones.
 pub fn binary(name: &str) -> Result<PathBuf> {
-    static BUILT: Mutex<Option<HashMap<String, PathBuf>>> = Mutex::new(None);
     if let Some(folder) = std::env::var_os("VHOST_USER_TEST_BIN").filter(|folder| !folder.is_empty()) {
         let path = Path::new(&folder).join(name);
         ensure!(path.exists(), "VHOST_USER_TEST_BIN names {}, which has no {name}", path.display());
         return Ok(path);
     }
+    built(name, name)
+}
+
+/// Builds a program of this package that tests start as a process of its own, and returns its path.
+pub(crate) fn helper(name: &str) -> Result<PathBuf> {
+    built(env!("CARGO_PKG_NAME"), name)
+}
+
+fn built(package: &str, name: &str) -> Result<PathBuf> {
+    static BUILT: Mutex<Option<HashMap<String, PathBuf>>> = Mutex::new(None);
     // Held during the build: a second caller waits for the first one's result.
     let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
     let built = built.get_or_insert_default();
     if let Some(path) = built.get(name) {
         return Ok(path.clone());
     }
-    let path = build(name).with_context(|| format!("Cannot build {name}"))?;
+    let path = build(package, name).with_context(|| format!("Cannot build {name}"))?;
     built.insert(name.to_owned(), path.clone());
     Ok(path)
 }
 
-fn build(name: &str) -> Result<PathBuf> {
+fn build(package: &str, name: &str) -> Result<PathBuf> {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
-    cargo.args(["build", "--package", name, "--bin", name, "--message-format", "json-render-diagnostics"]);
+    cargo.args(["build", "--package", package, "--bin", name]);
+    cargo.args(["--message-format", "json-render-diagnostics"]);
     if !cfg!(debug_assertions) {
         cargo.arg("--release");
     }
@@ -82,7 +95,11 @@ fn build(name: &str) -> Result<PathBuf> {
 pub struct Builder {
     name: String,
     program: Option<PathBuf>,
-    socket: Option<PathBuf>,
+    sockets: Vec<PathBuf>,
+    ports: Vec<String>,
+    entry: Option<Entry>,
+    fds: Vec<FdMapping>,
+    is_client: bool,
     args: Vec<OsString>,
     envs: Vec<(OsString, OsString)>,
     start_limit: Duration,
@@ -99,7 +116,36 @@ impl Builder {
     /// Listens at `socket` instead of in a temporary folder: for a daemon that replaces another one.
     #[must_use]
     pub fn socket(mut self, socket: impl Into<PathBuf>) -> Self {
-        self.socket = Some(socket.into());
+        self.sockets.push(socket.into());
+        self
+    }
+
+    /// Adds a socket of a daemon that serves several, with this behind its path, such as `,isolated=on`. The first
+    /// call is about the first socket.
+    #[must_use]
+    pub fn port(mut self, options: &str) -> Self {
+        self.ports.push(options.to_owned());
+        self
+    }
+
+    /// Runs it in a namespace.
+    #[must_use]
+    pub fn inside(mut self, entry: &Entry) -> Self {
+        self.entry = Some(entry.clone());
+        self
+    }
+
+    /// Gives it an open file under the number `number`.
+    #[must_use]
+    pub fn fd(mut self, number: RawFd, file: OwnedFd) -> Self {
+        self.fds.push(FdMapping { parent_fd: file, child_fd: number });
+        self
+    }
+
+    /// Makes it connect to its socket (`--client`) instead of listening there.
+    #[must_use]
+    pub fn client(mut self) -> Self {
+        self.is_client = true;
         self
     }
 
@@ -131,27 +177,40 @@ impl Builder {
         self
     }
 
-    /// Builds the daemon if need be, starts it and waits until its socket accepts connections.
+    /// Builds the daemon if need be, starts it and waits until its sockets accept connections. A client is not waited
+    /// for.
     pub fn start(self) -> Result<Daemon> {
         let program = match self.program {
             Some(program) => program,
             None => binary(&self.name)?,
         };
-        let mut folder = None;
-        let socket = if let Some(socket) = self.socket {
-            socket
-        } else {
-            // A socket's path is limited to 107 bytes, so the folder lies in the short default place.
-            let folder = folder
-                .insert(TempDir::with_prefix("vhost-user-").context("Cannot make a folder for a socket")?);
-            folder.path().join("socket")
-        };
+        // A socket's path is limited to 107 bytes, so the folder lies in the short default place.
+        let folder = TempDir::with_prefix("vhost-user-").context("Cannot make a folder for a socket")?;
+        let mut sockets = self.sockets;
+        for index in sockets.len()..self.ports.len().max(1) {
+            let name = if index == 0 { "socket".to_owned() } else { format!("socket{index}") };
+            sockets.push(folder.path().join(name));
+        }
         let mut command = Command::new(program);
-        command.arg("--socket-path").arg(&socket).args(self.args).envs(self.envs);
+        for (index, socket) in sockets.iter().enumerate() {
+            let mut value = socket.clone().into_os_string();
+            value.push(self.ports.get(index).map_or("", String::as_str));
+            command.arg("--socket-path").arg(value);
+        }
+        if self.is_client {
+            command.arg("--client");
+        }
+        command.args(self.args).envs(self.envs);
+        if let Some(entry) = &self.entry {
+            command = entry.wrap(&command);
+        }
+        command.fd_mappings(self.fds).context("Two files are to have one number")?;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let process = Process::spawn(command).with_context(|| format!("Cannot start {}", self.name))?;
-        let mut daemon = Daemon { name: self.name, process, socket, _folder: folder };
-        daemon.wait_listening(self.start_limit)?;
+        let mut daemon = Daemon { name: self.name, process, sockets, _folder: folder };
+        if !self.is_client {
+            daemon.wait_listening(self.start_limit)?;
+        }
         Ok(daemon)
     }
 }
@@ -161,8 +220,8 @@ impl Builder {
 pub struct Daemon {
     name: String,
     process: Process,
-    socket: PathBuf,
-    _folder: Option<TempDir>,
+    sockets: Vec<PathBuf>,
+    _folder: TempDir,
 }
 
 impl Daemon {
@@ -171,7 +230,11 @@ impl Daemon {
         Builder {
             name: name.to_owned(),
             program: None,
-            socket: None,
+            sockets: Vec::new(),
+            ports: Vec::new(),
+            entry: None,
+            fds: Vec::new(),
+            is_client: false,
             args: Vec::new(),
             envs: Vec::new(),
             start_limit: START_LIMIT,
@@ -180,31 +243,38 @@ impl Daemon {
 
     fn wait_listening(&mut self, limit: Duration) -> Result<()> {
         let deadline = Instant::now() + limit;
-        while !is_listening(&self.socket)? {
-            if let Some(status) = self.process.wait(POLL_INTERVAL)? {
-                bail!(
-                    "{} ended before it listened ({}):\n{}",
-                    self.name,
-                    process::describe(status),
-                    self.stderr()
-                );
-            }
-            if Instant::now() >= deadline {
-                bail!(
-                    "{} does not listen at {} after {} s:\n{}",
-                    self.name,
-                    self.socket.display(),
-                    limit.as_secs(),
-                    self.stderr()
-                );
+        for socket in self.sockets.clone() {
+            while !is_listening(self.pid(), &socket) {
+                if let Some(status) = self.process.wait(POLL_INTERVAL)? {
+                    bail!(
+                        "{} ended before it listened ({}):\n{}",
+                        self.name,
+                        process::describe(status),
+                        self.stderr()
+                    );
+                }
+                if Instant::now() >= deadline {
+                    bail!(
+                        "{} does not listen at {} after {} s:\n{}",
+                        self.name,
+                        socket.display(),
+                        limit.as_secs(),
+                        self.stderr()
+                    );
+                }
             }
         }
         Ok(())
     }
 
-    /// Where it listens.
+    /// Where it listens; the first place if there are several.
     pub fn socket(&self) -> &Path {
-        &self.socket
+        &self.sockets[0]
+    }
+
+    /// Where it listens, port by port.
+    pub fn sockets(&self) -> &[PathBuf] {
+        &self.sockets
     }
 
     /// Its process id.
@@ -235,6 +305,11 @@ impl Daemon {
         })
     }
 
+    /// Sends it a signal.
+    pub fn signal(&mut self, signal: Signal) -> io::Result<()> {
+        self.process.signal(signal)
+    }
+
     /// Sends SIGTERM and waits for the end. A daemon that still runs after `limit` is an error of kind `TimedOut`.
     pub fn terminate(&mut self, limit: Duration) -> io::Result<ExitStatus> {
         self.process.signal(Signal::TERM)?;
@@ -247,12 +322,13 @@ impl Daemon {
     }
 }
 
-/// Whether some process accepts connections at `socket`.
+/// Whether some process in the network namespace of `pid` accepts connections at `socket`.
 ///
 /// Asked of the kernel: a connection made to find out would be the daemon's first front end.
-fn is_listening(socket: &Path) -> Result<bool> {
-    let table = std::fs::read("/proc/net/unix").context("Cannot read /proc/net/unix")?;
-    Ok(String::from_utf8_lossy(&table).lines().any(|line| is_listening_at(line, socket)))
+pub fn is_listening(pid: u32, socket: &Path) -> bool {
+    // A process that has just ended has no such file.
+    let table = std::fs::read(format!("/proc/{pid}/net/unix")).unwrap_or_default();
+    String::from_utf8_lossy(&table).lines().any(|line| is_listening_at(line, socket))
 }
 
 /// Whether a line of `/proc/net/unix` (`Num RefCount Protocol Flags Type St Inode Path`) is a listener at `socket`.
@@ -279,13 +355,13 @@ mod tests {
     fn a_listener_is_found_without_connecting() {
         let folder = TempDir::new().unwrap();
         let path = folder.path().join("a socket");
-        assert!(!is_listening(&path).unwrap());
+        assert!(!is_listening(std::process::id(), &path));
         let listener = UnixListener::bind(&path).unwrap();
-        assert!(is_listening(&path).unwrap());
+        assert!(is_listening(std::process::id(), &path));
         listener.set_nonblocking(true).unwrap();
         assert_eq!(listener.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
         drop(listener);
-        assert!(!is_listening(&path).unwrap());
+        assert!(!is_listening(std::process::id(), &path));
     }
 
     #[test]
@@ -301,5 +377,43 @@ mod tests {
         let error = Daemon::builder("stand-in").program("/bin/ls").start().unwrap_err().to_string();
         assert!(error.contains("stand-in ended before it listened (exit status 2)"), "{error}");
         assert!(error.contains("socket-path"), "{error}");
+    }
+
+    /// A script in a daemon's place, which ends at once; what it said.
+    fn words_of_a_script(script: &str, prepare: impl FnOnce(Builder) -> Builder) -> String {
+        let folder = TempDir::new().unwrap();
+        let path = folder.path().join("script");
+        // Written by another process: a child of this one that had it open for writing would keep it from starting.
+        let mut write = Command::new("sh");
+        write.args([
+            "-c",
+            "printf '#!/bin/sh\nexec >&2\n%s\n' \"$1\" >\"$2\" && chmod 755 \"$2\"",
+            "sh",
+            script,
+        ]);
+        write.arg(&path);
+        process::run(write, START_LIMIT).unwrap();
+        let builder = prepare(Daemon::builder("stand-in").program(&path));
+        builder.start().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_daemon_runs_in_a_namespace_with_the_files_that_it_gets() {
+        let mut file = tempfile::tempfile().unwrap();
+        std::io::Write::write_all(&mut file, b"a line\n").unwrap();
+        std::io::Seek::rewind(&mut file).unwrap();
+        let namespace = crate::netns::Namespace::new().unwrap();
+        let words = words_of_a_script("id -u; cat <&7; grep -c : /proc/net/dev", |builder| {
+            builder.inside(&namespace.ordinary_user()).fd(7, file.into())
+        });
+        assert!(words.ends_with("\n1000\na line\n1\n"), "{words}");
+    }
+
+    #[test]
+    fn each_port_has_a_socket_of_its_own() {
+        let words =
+            words_of_a_script("echo \"$@\"", |builder| builder.port("").port(",vlan=2").socket("/run/first"));
+        assert!(words.contains("--socket-path /run/first --socket-path /"), "{words}");
+        assert!(words.ends_with("/socket1,vlan=2\n"), "{words}");
     }
 }

@@ -2,6 +2,10 @@
 pub mod daemon;
 pub mod demo;
 pub mod driver;
+pub mod frames;
 pub mod guest;
+pub mod netns;
+pub mod peer;
 pub mod process;
 pub mod provision;
+pub mod testpmd;

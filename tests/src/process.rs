@@ -131,6 +131,13 @@ impl Process {
         Self::start(command, true)
     }
 
+    /// Starts `command`, whose standard output is what `output` reads, such as a terminal.
+    pub fn spawn_with_output(command: Command, output: impl Read + Send + 'static) -> io::Result<Self> {
+        let process = Self::start(command, false)?;
+        collect(&process.stdout, output);
+        Ok(process)
+    }
+
     fn start(mut command: Command, own_group: bool) -> io::Result<Self> {
         let mut child = command.spawn()?;
         let pidfd = match pidfd_open(Pid::from_child(&child), PidfdFlags::empty()) {

@@ -195,6 +195,13 @@ impl Default for RawOptions {
 }
 
 impl RawOptions {
+    /// What a network driver asks for that can do nothing special: frames as they go over a wire, in chains of any
+    /// shape.
+    pub fn net() -> Self {
+        let features = [VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC];
+        Self { features: features.iter().fold(0, |mask, bit| mask | 1 << bit), ..Self::default() }
+    }
+
     /// Asks for one more virtio feature.
     #[must_use]
     pub fn with(mut self, feature: u32) -> Self {
@@ -234,6 +241,7 @@ impl Watchdog {
         let (alive, ended) = mpsc::channel();
         std::thread::spawn(move || {
             if ended.recv_timeout(LIFE_LIMIT) == Err(RecvTimeoutError::Timeout) {
+                eprintln!("A connection is ended because it has lived for {} s", LIFE_LIMIT.as_secs());
                 // An error means that the other side has closed it already.
                 let _ = stream.shutdown(Shutdown::Both);
             }

@@ -398,6 +398,18 @@ impl RawRing {
         }
     }
 
+    /// Where both sides are, for messages.
+    pub fn describe(&self) -> String {
+        format!(
+            "avail index {}, used index {} of which {} are taken, avail event {}, used flags {:#x}",
+            self.next_avail,
+            self.used_idx(),
+            self.next_used,
+            self.avail_event(),
+            self.used_flags()
+        )
+    }
+
     /// How often the device has called so far.
     pub fn signals(&mut self) -> u64 {
         self.drain_call();

@@ -28,6 +28,32 @@ wait_path() {
     [ -e "$1" ]
 }
 
+# net_up INTERFACE ADDRESS/LENGTH...: waits for an interface, brings it up and gives it addresses.
+net_up() {
+    wait_path "/sys/class/net/$1"
+    interface=$1
+    shift
+    # Without this an address is unusable for a second, in which the kernel looks for others that have it.
+    accept_dad=/proc/sys/net/ipv6/conf/$interface/accept_dad
+    [ ! -e "$accept_dad" ] || echo 0 >"$accept_dad"
+    ip link set "$interface" up
+    for address in "$@"; do
+        ip address add "$address" dev "$interface"
+    done
+}
+
+# wait_ping ADDRESS: waits up to ten seconds for an answer.
+wait_ping() {
+    tries=0
+    until ping -q -c 1 -W 1 "$1" >&2; do
+        tries=$((tries + 1))
+        [ "$tries" -lt 10 ] || return 1
+    done
+}
+
+# counter INTERFACE NAME: a statistic such as rx_packets.
+counter() { cat "/sys/class/net/$1/statistics/$2"; }
+
 # shell: hands the channel to a person until they leave the shell.
 shell() {
     stty -F "$CHANNEL" sane

@@ -88,10 +88,35 @@ impl Default for BlkOptions {
     }
 }
 
+/// How a guest attaches a network interface.
+#[derive(Debug, Clone, Copy)]
+pub struct NetOptions {
+    /// Its pairs of queues; User Mode Linux uses one.
+    pub queue_pairs: u16,
+    /// The address that QEMU gives it, instead of one that QEMU makes up. User Mode Linux takes the daemon's, or makes
+    /// one up itself.
+    pub mac: Option<[u8; 6]>,
+    /// The largest packet that QEMU tells the guest of (`host_mtu`). User Mode Linux asks the daemon.
+    pub mtu: Option<u16>,
+    /// How often QEMU tries to reach a daemon that went away; without it the device stays dead.
+    pub reconnect: Option<Duration>,
+    /// Whether QEMU listens at the socket, for a daemon that connects; it boots the guest when one has.
+    pub is_server: bool,
+    /// More options of QEMU's virtio-net-pci, such as `,guest_tso4=off`.
+    pub device: &'static str,
+}
+
+impl Default for NetOptions {
+    fn default() -> Self {
+        Self { queue_pairs: 1, mac: None, mtu: None, reconnect: None, is_server: false, device: "" }
+    }
+}
+
 /// A device of a guest.
 #[derive(Debug, Clone)]
 enum Device {
     Blk { socket: PathBuf, options: BlkOptions },
+    Net { socket: PathBuf, options: NetOptions },
 }
 
 impl Device {
@@ -99,6 +124,7 @@ impl Device {
     fn module(&self) -> &'static str {
         match self {
             Self::Blk { .. } => "virtio_blk",
+            Self::Net { .. } => "virtio_net",
         }
     }
 }
@@ -115,6 +141,7 @@ pub struct Guest {
     files: Vec<(String, Vec<u8>)>,
     script: String,
     timeout: Duration,
+    may_reboot: bool,
 }
 
 impl Guest {
@@ -130,6 +157,7 @@ impl Guest {
             files: Vec::new(),
             script: String::new(),
             timeout: Duration::from_secs(120),
+            may_reboot: false,
         }
     }
 
@@ -151,6 +179,13 @@ impl Guest {
     #[must_use]
     pub fn blk(mut self, socket: impl Into<PathBuf>, options: BlkOptions) -> Self {
         self.devices.push(Device::Blk { socket: socket.into(), options });
+        self
+    }
+
+    /// Attaches the network interface of the daemon at `socket`; the first is the guest's `eth0`.
+    #[must_use]
+    pub fn net(mut self, socket: impl Into<PathBuf>, options: NetOptions) -> Self {
+        self.devices.push(Device::Net { socket: socket.into(), options });
         self
     }
 
@@ -193,6 +228,13 @@ impl Guest {
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
+        self
+    }
+
+    /// Lets QEMU start the guest anew when it reboots, with the script from its beginning; otherwise that is its end.
+    #[must_use]
+    pub fn may_reboot(mut self) -> Self {
+        self.may_reboot = true;
         self
     }
 

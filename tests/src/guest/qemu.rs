@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Device, Guest, Vmm, initramfs_of};
+use super::{Device, Guest, NetOptions, Vmm, initramfs_of};
 use crate::process::Process;
 use crate::provision::{self, Kernel, Qemu};
 
@@ -18,28 +18,55 @@ pub(super) fn command(guest: &Guest, kernel: &Kernel, initramfs: &Path) -> Resul
     let accelerator = accelerator(&qemu, kernel)?;
     let mut command = machine(guest, &qemu, kernel, initramfs, &accelerator);
     for (index, device) in guest.devices.iter().enumerate() {
+        let id = format!("device{index}");
         match device {
             Device::Blk { socket, options } => {
-                let id = format!("device{index}");
-                let socket =
-                    socket.to_str().with_context(|| format!("QEMU cannot use {}", socket.display()))?;
-                let reconnect =
-                    options.reconnect.map(|interval| format!(",reconnect-ms={}", interval.as_millis()));
-                let reconnect = reconnect.unwrap_or_default();
-                command.arg("-chardev").arg(format!("socket,id={id},path={}{reconnect}", escape(socket)));
+                command.arg("-chardev").arg(chardev(&id, socket, options.reconnect)?);
                 let queues = options.num_queues;
                 command.arg("-device").arg(format!("vhost-user-blk-pci,chardev={id},num-queues={queues}"));
+            }
+            Device::Net { socket, options } => {
+                let mode = if options.is_server { ",server=on" } else { "" };
+                command.arg("-chardev").arg(chardev(&id, socket, options.reconnect)? + mode);
+                command
+                    .arg("-netdev")
+                    .arg(format!("vhost-user,id={id}-net,chardev={id},queues={}", options.queue_pairs));
+                command.arg("-device").arg(net_device(&id, options));
             }
         }
     }
     Ok(command)
 }
 
+/// A `-chardev` that connects to a daemon.
+fn chardev(id: &str, socket: &Path, reconnect: Option<Duration>) -> Result<String> {
+    let socket = socket.to_str().with_context(|| format!("QEMU cannot use {}", socket.display()))?;
+    let reconnect = reconnect.map(|interval| format!(",reconnect-ms={}", interval.as_millis()));
+    Ok(format!("socket,id={id},path={}{}", escape(socket), reconnect.unwrap_or_default()))
+}
+
+/// A `-device` of a network interface. Its boot ROM is not part of the cached QEMU.
+fn net_device(id: &str, options: &NetOptions) -> String {
+    let mut words = vec!["virtio-net-pci".to_owned(), format!("netdev={id}-net"), "romfile=".to_owned()];
+    if options.queue_pairs > 1 {
+        // An interrupt for each queue, one for the control queue and one for changes of the configuration.
+        words.extend(["mq=on".to_owned(), format!("vectors={}", 2 * options.queue_pairs + 2)]);
+    }
+    if let Some([a, b, c, d, e, f]) = options.mac {
+        words.push(format!("mac={a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}"));
+    }
+    words.extend(options.mtu.map(|mtu| format!("host_mtu={mtu}")));
+    words.join(",") + options.device
+}
+
 fn machine(guest: &Guest, qemu: &Qemu, kernel: &Kernel, initramfs: &Path, accelerator: &str) -> Command {
     let mut command = qemu.system();
     let memory = guest.memory_mib;
     // The daemons map the guest's memory, so it is shared. No default devices: they would need ROMs.
-    command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+    command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
+    if !guest.may_reboot {
+        command.arg("-no-reboot");
+    }
     command.args(["-M", "q35,memory-backend=memory", "-cpu", "max", "-accel", accelerator]);
     command.arg("-object").arg(format!("memory-backend-memfd,id=memory,size={memory}M,share=on"));
     command.arg("-m").arg(format!("{memory}M")).arg("-smp").arg(guest.cpus.to_string());
@@ -118,5 +145,20 @@ mod tests {
     #[test]
     fn commas_are_doubled() {
         assert_eq!(escape("/tmp/a,b"), "/tmp/a,,b");
+    }
+
+    #[test]
+    fn a_network_interface_has_the_interrupts_that_it_needs() {
+        assert_eq!(net_device("x", &NetOptions::default()), "virtio-net-pci,netdev=x-net,romfile=");
+        let options = NetOptions {
+            queue_pairs: 2,
+            mac: Some([2, 0, 0, 0, 0, 10]),
+            mtu: Some(9000),
+            device: ",mrg_rxbuf=off",
+            ..NetOptions::default()
+        };
+        let expected = "virtio-net-pci,netdev=x-net,romfile=,mq=on,vectors=6,mac=02:00:00:00:00:0a,host_mtu=9000,\
+            mrg_rxbuf=off";
+        assert_eq!(net_device("x", &options), expected);
     }
 }

@@ -11,6 +11,8 @@ use rustix::fs::StatVfsMountFlags;
 use super::{Device, Guest};
 use crate::provision::Uml;
 
+/// Virtio's number for network interfaces.
+const NET: u32 = 1;
 /// Virtio's number for block devices.
 const BLK: u32 = 2;
 
@@ -34,6 +36,22 @@ pub(super) fn command(guest: &Guest, uml: &Uml, initramfs: &Path, scratch: &Path
                     options.num_queues
                 );
                 command.arg(format!("virtio_uml.device={}:{BLK}", word(socket)?));
+            }
+            Device::Net { socket, options } => {
+                ensure!(
+                    options.queue_pairs == 1,
+                    "User Mode Linux uses one pair of queues; ask QEMU for {}",
+                    options.queue_pairs
+                );
+                ensure!(
+                    !options.is_server && options.reconnect.is_none(),
+                    "User Mode Linux connects to a daemon, and only once; ask QEMU for more"
+                );
+                ensure!(
+                    options.mac.is_none() && options.mtu.is_none() && options.device.is_empty(),
+                    "User Mode Linux knows no options of a network interface; tell the daemon"
+                );
+                command.arg(format!("virtio_uml.device={}:{NET}", word(socket)?));
             }
         }
     }

@@ -181,11 +181,24 @@ pub fn program(name: &str) -> Result<Program> {
     packaged(component, name, "the PATH")
 }
 
+/// DPDK's `dpdk-testpmd`, with the drivers that the tests use.
+pub fn testpmd() -> Result<Command> {
+    let program = program("dpdk-testpmd")?;
+    let mut command = program.command();
+    // One of the host knows where its drivers are.
+    if let Some(folder) = program.own_libraries() {
+        for plugin in table::DPDK.plugins {
+            command.arg("-d").arg(folder.join(plugin));
+        }
+    }
+    Ok(command)
+}
+
 fn packaged(component: &Component, name: &str, remedy: &str) -> Result<Program> {
     match Debian::detect() {
         Ok(debian) => {
             let root = fetch(&debian, component, &[], |full, slim, _| program::keep(component, full, slim))?;
-            Program::in_root(&root, name)
+            Ok(Program::in_root(&root, name)?.with_plugins(component.plugins))
         }
         Err(why) => Program::of_host(&on_path(name, name, remedy, &why)?),
     }

@@ -43,6 +43,15 @@ impl Program {
         Ok(Self { path, loader: Some(loader), libraries, of_host: false })
     }
 
+    /// The same with libraries that it loads by name.
+    pub(super) fn with_plugins(mut self, plugins: &[&str]) -> Self {
+        if let Some(folder) = self.own_libraries() {
+            let plugins: Vec<PathBuf> = plugins.iter().map(|plugin| folder.join(plugin)).collect();
+            self.libraries.extend(plugins);
+        }
+        self
+    }
+
     /// A program of the host.
     pub(super) fn of_host(path: &Path) -> Result<Self> {
         let path = path.to_owned();
@@ -57,6 +66,11 @@ impl Program {
             text.lines().filter_map(|line| line.trim().split(' ').next()).find(|word| word.starts_with('/'));
         let loader = loader.with_context(|| format!("Cannot tell what loads {}", path.display()))?;
         Ok(Self { loader: Some(loader.into()), libraries: parse_libraries(&text), path, of_host: true })
+    }
+
+    /// The folder of the libraries that came with it; `None` for a program of the host.
+    pub(super) fn own_libraries(&self) -> Option<&Path> {
+        if self.of_host { None } else { self.loader.as_deref().and_then(Path::parent) }
     }
 
     /// A command that runs it on the host.

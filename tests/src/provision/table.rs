@@ -76,7 +76,8 @@ pub(super) const KERNEL: Component = Component {
 };
 
 /// The modules that the QEMU guest's kernel is kept with, besides those that they depend on.
-pub(super) const KERNEL_MODULES: [&str; 8] = [
+pub(super) const KERNEL_MODULES: [&str; 9] = [
+    "8021q",
     "9p",
     "9pnet_virtio",
     "crc32c_generic",
@@ -106,14 +107,15 @@ pub(super) const UML: Component = Component {
 
 /// The modules that User Mode Linux is kept with. It has the virtio transport and ext4 built in, and no 9p over
 /// virtio at all.
-pub(super) const UML_MODULES: [&str; 4] = ["9p", "virtio_balloon", "virtio_blk", "virtio_net"];
+pub(super) const UML_MODULES: [&str; 6] =
+    ["8021q", "9p", "ipv6", "virtio_balloon", "virtio_blk", "virtio_net"];
 
 /// The guests' shell and tools.
 pub(super) const BUSYBOX: Component =
     Component { name: "busybox", bare: &["busybox-static"], programs: &["busybox"], ..PLAIN };
 
-/// Programs for guests that busybox has not, or not good enough. A new row is all that a new program needs.
-pub(super) const PROGRAMS: [Component; 2] = [
+/// Programs of guests and of the namespaces around them. A new row is all that a new program needs.
+pub(super) const PROGRAMS: [Component; 5] = [
     Component {
         name: "e2fsprogs",
         packages: &["e2fsprogs"],
@@ -121,4 +123,53 @@ pub(super) const PROGRAMS: [Component; 2] = [
         ..PLAIN
     },
     Component { name: "fdisk", packages: &["fdisk"], programs: &["sfdisk"], ..PLAIN },
+    // One row, because each would bring the same C library along.
+    Component {
+        name: "network",
+        packages: &["iproute2", "iperf3", "ethtool", "slirp4netns", "vde-switch"],
+        programs: &["ip", "bridge", "tc", "iperf3", "ethtool", "slirp4netns", "vde_switch"],
+        // The C library loads it when a thread of iperf3 is cancelled.
+        plugins: &["libgcc_s.so.1"],
+        ..PLAIN
+    },
+    // From the backports, because passt changes fast and the stable release has the one of May 2025.
+    Component { name: "passt", suite: BACKPORTS, packages: &["passt"], programs: &["passt"], ..PLAIN },
+    DPDK,
 ];
+
+/// DPDK's test program with the drivers that the tests use. The program's own package depends on compilers' headers
+/// by way of `libdpdk-dev`, so what it loads is listed instead; whatever is forgotten, the loader names.
+pub(super) const DPDK: Component = Component {
+    name: "dpdk",
+    packages: &[
+        "librte-bitratestats25",
+        "librte-bpf25",
+        "librte-cmdline25",
+        "librte-crypto-scheduler25",
+        "librte-gro25",
+        "librte-gso25",
+        "librte-latencystats25",
+        "librte-mempool-ring25",
+        "librte-net-bnxt25",
+        "librte-net-bond25",
+        "librte-net-dpaa25",
+        "librte-net-i40e25",
+        "librte-net-iavf25",
+        "librte-net-ice25",
+        "librte-net-ixgbe25",
+        "librte-net-mlx5-25",
+        "librte-net-pcap25",
+        "librte-net-vhost25",
+        "librte-net-virtio25",
+        "librte-pdump25",
+    ],
+    bare: &["dpdk-dev"],
+    programs: &["dpdk-testpmd"],
+    plugins: &[
+        "librte_mempool_ring.so.25",
+        "librte_net_pcap.so.25",
+        "librte_net_vhost.so.25",
+        "librte_net_virtio.so.25",
+    ],
+    ..PLAIN
+};
