@@ -1,5 +1,7 @@
 //! The demo: starts the daemons, boots one guest on all of them, and tells what happens, a chapter per daemon.
 mod blk;
+mod net;
+mod outside;
 
 use std::fmt::Display;
 use std::time::{Duration, Instant};
@@ -21,12 +23,33 @@ const SHELL_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
 #[derive(Debug, Parser)]
 #[command(name = "cargo demo")]
 pub struct Args {
+    /// What to show [default: all]
+    #[arg(value_enum, value_name = "CHAPTER")]
+    chapters: Vec<ChapterArg>,
     /// What runs the guest
     #[arg(long, value_enum, default_value_t = VmmArg::Qemu)]
     vmm: VmmArg,
     /// Gives you the guest's shell at the end; `exit` leaves it
     #[arg(long)]
     shell: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ChapterArg {
+    /// vhost-user-blk: a disk
+    Blk,
+    /// vhost-user-net: a way out through passt, and a switch between two guests
+    Net,
+}
+
+impl ChapterArg {
+    /// Starts the chapter's daemons.
+    fn start(self, vmm: Vmm) -> Result<Box<dyn Chapter>> {
+        Ok(match self {
+            Self::Blk => Box::new(blk::Blk::start(vmm)?),
+            Self::Net => Box::new(net::Net::start(vmm)?),
+        })
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -61,7 +84,11 @@ pub fn run(args: &Args) -> Result<()> {
         VmmArg::Qemu => Vmm::Qemu,
         VmmArg::Uml => Vmm::Uml,
     };
-    let mut chapters: Vec<Box<dyn Chapter>> = vec![Box::new(blk::Blk::start(vmm)?)];
+    let wanted = |chapter: &&ChapterArg| args.chapters.is_empty() || args.chapters.contains(chapter);
+    let mut chapters = Vec::new();
+    for chapter in ChapterArg::value_variants().iter().filter(wanted) {
+        chapters.push(chapter.start(vmm)?);
+    }
     let limit = if args.shell { SHELL_LIMIT } else { TIME_LIMIT };
     let mut guest = Guest::new(vmm).cpus(processors(vmm)).timeout(limit);
     let mut script = "report kernel \"$(uname -sr)\"\nannounce up\n".to_owned();
