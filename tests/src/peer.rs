@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use rustix::io::retry_on_intr;
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen,
     recv, send, socket_with, sockopt,
@@ -132,7 +133,8 @@ impl Listener {
     /// Waits for the daemon.
     pub fn accept(&self) -> Result<Peer> {
         let accepted = || -> Result<OwnedFd> {
-            let socket = accept_with(self.socket(), SocketFlags::CLOEXEC).context("Nobody connects")?;
+            let socket = retry_on_intr(|| accept_with(self.socket(), SocketFlags::CLOEXEC))
+                .context("Nobody connects")?;
             sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(LIMIT))?;
             sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(LIMIT))?;
             Ok(socket)
@@ -208,7 +210,8 @@ impl Peer {
         match self {
             Self::Stream(_) => self.send_bytes(&prefixed(frame)),
             Self::Messages { socket, .. } => {
-                send(socket, frame, SendFlags::NOSIGNAL).context("The daemon does not take a frame")?;
+                retry_on_intr(|| send(&*socket, frame, SendFlags::NOSIGNAL))
+                    .context("The daemon does not take a frame")?;
                 Ok(())
             }
         }
@@ -232,8 +235,8 @@ impl Peer {
             }
             Self::Messages { socket, .. } => {
                 let mut frame = vec![0; MAX_FRAME];
-                let (len, _) =
-                    recv(socket, &mut frame[..], RecvFlags::empty()).context("A frame does not arrive")?;
+                let (len, _) = retry_on_intr(|| recv(&*socket, &mut frame[..], RecvFlags::empty()))
+                    .context("A frame does not arrive")?;
                 frame.truncate(len);
                 Ok(frame)
             }
@@ -248,6 +251,7 @@ impl Peer {
             match stream.read(&mut rest) {
                 Ok(0) => return Ok(()),
                 Ok(_) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return Ok(()),
                 Err(error) => return Err(error).context("The daemon keeps the connection"),
             }

@@ -3,7 +3,7 @@
 
 use anyhow::{Result, ensure};
 use tests::daemon::Daemon;
-use tests::driver::lan::{BUFFERS, Guest, net_daemon, plain, wait_counter};
+use tests::driver::lan::{BUFFERS, Guest, RING_SIZE, net_daemon, plain, wait_counter};
 use tests::driver::net::LONG_HEADER_LEN;
 use tests::driver::raw::RawOptions;
 use tests::driver::ring::Desc;
@@ -50,7 +50,8 @@ impl Pair {
     fn with(sends: &RawOptions, receives: &RawOptions, sizes: &[usize]) -> Result<Self> {
         let daemon = net_daemon().arg("--switch").port("").port("").start()?;
         let [from, to] = [0, 1].map(|port| daemon.sockets()[port].clone());
-        let to = Guest::join_with(&to, mac(2), receives, BUFFERS, sizes)?;
+        let chains = BUFFERS.min(RING_SIZE / sizes.len() as u16);
+        let to = Guest::join_with(&to, mac(2), receives, chains, sizes)?;
         Ok(Self { from: Guest::join(&from, mac(1), sends)?, to, daemon })
     }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use tests::daemon::Daemon;
-use tests::driver::lan::{Guest, check_idle, net_daemon, plain, wait_counter, wait_until};
+use tests::driver::lan::{Guest, RING_SIZE, check_idle, net_daemon, plain, wait_counter, wait_until};
 use tests::driver::net::{LONG_HEADER_LEN, RawNet, Received};
 use tests::driver::raw::RawOptions;
 use tests::frames::{self, BROADCAST, GSO_TCPV4, HEADER_LEN, Header, NEEDS_CSUM, mac, numbered};
@@ -147,7 +147,7 @@ fn frames_pass_with_every_header() -> Result<()> {
         (plain().with(VIRTIO_NET_F_MRG_RXBUF), LONG_HEADER_LEN, &[26]),
         (plain().with(VIRTIO_NET_F_MRG_RXBUF), LONG_HEADER_LEN, &[20, 20]),
     ] {
-        let mut line = Line::with(&[], &options, 100, sizes)?;
+        let mut line = Line::with(&[], &options, (RING_SIZE / sizes.len() as u16).min(100), sizes)?;
         assert_eq!(line.guest.net.header_len(), len);
         for (number, length) in [(1, 60), (2, 1514), (3, 22), (4, 1514)] {
             let frame = numbered(mac(9), mac(1), number, length);

@@ -167,6 +167,7 @@ impl AsFd for Poller {
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixStream;
+    use std::sync::atomic::AtomicU64;
 
     use super::*;
 
@@ -204,5 +205,45 @@ mod tests {
         assert!(is_readable(&poller, soon));
         assert!(poller.acknowledge());
         assert!(!is_readable(&poller, soon));
+    }
+
+    /// Whatever the bell and the one who takes notice of it do at the same time: it is heard, and then it is quiet.
+    #[test]
+    fn the_doorbell_is_heard_and_then_quiet() {
+        let mut poller = Poller::new().unwrap();
+        let doorbell = poller.doorbell();
+        let end = Instant::now() + Duration::from_millis(500);
+        let (mut lost, mut stuck) = (0, 0);
+        // What to ring, and what was rung.
+        let (wanted, rung) = (AtomicU64::new(0), AtomicU64::new(0));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for round in 1.. {
+                    while wanted.load(Ordering::SeqCst) < round {
+                        std::hint::spin_loop();
+                    }
+                    if wanted.load(Ordering::SeqCst) == u64::MAX {
+                        return;
+                    }
+                    doorbell.ring();
+                    rung.store(round, Ordering::SeqCst);
+                }
+            });
+            for round in 1.. {
+                if Instant::now() >= end {
+                    break;
+                }
+                wanted.store(round, Ordering::SeqCst);
+                let mut heard = false;
+                while rung.load(Ordering::SeqCst) < round {
+                    heard |= poller.acknowledge();
+                }
+                heard |= poller.acknowledge();
+                lost += u64::from(!heard);
+                stuck += u64::from(is_readable(&poller, Duration::ZERO));
+            }
+            wanted.store(u64::MAX, Ordering::SeqCst);
+        });
+        assert_eq!((lost, stuck), (0, 0));
     }
 }

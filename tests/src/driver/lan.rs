@@ -71,6 +71,8 @@ impl Guest {
 
     /// Starts the first pair of an interface.
     pub fn start(mut net: RawNet, mac: [u8; 6], chains: u16, sizes: &[usize]) -> Result<Self> {
+        let descriptors = usize::from(chains) * sizes.len();
+        ensure!(descriptors <= RING_SIZE.into(), "A ring does not hold {descriptors} buffers");
         let mut rx = net.rx(0, RING_SIZE)?;
         for _ in 0..chains {
             rx.post(sizes);

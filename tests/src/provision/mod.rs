@@ -183,15 +183,8 @@ pub fn program(name: &str) -> Result<Program> {
 
 /// DPDK's `dpdk-testpmd`, with the drivers that the tests use.
 pub fn testpmd() -> Result<Command> {
-    let program = program("dpdk-testpmd")?;
-    let mut command = program.command();
-    // One of the host knows where its drivers are.
-    if let Some(folder) = program.own_libraries() {
-        for plugin in table::DPDK.plugins {
-            command.arg("-d").arg(folder.join(plugin));
-        }
-    }
-    Ok(command)
+    // Not by its own option `-d`, which refuses a cache below a folder such as /tmp.
+    Ok(program("dpdk-testpmd")?.command_with(table::DPDK.plugins))
 }
 
 fn packaged(component: &Component, name: &str, remedy: &str) -> Result<Program> {

@@ -69,12 +69,18 @@ impl Program {
     }
 
     /// The folder of the libraries that came with it; `None` for a program of the host.
-    pub(super) fn own_libraries(&self) -> Option<&Path> {
+    fn own_libraries(&self) -> Option<&Path> {
         if self.of_host { None } else { self.loader.as_deref().and_then(Path::parent) }
     }
 
     /// A command that runs it on the host.
     pub fn command(&self) -> Command {
+        self.command_with(&[])
+    }
+
+    /// The same, with more libraries loaded from the start, by their names in the program's own folder. One of the host
+    /// has to know by itself what it loads.
+    pub fn command_with(&self, libraries: &[&str]) -> Command {
         match (&self.loader, self.of_host) {
             (Some(loader), false) => {
                 let mut command = Command::new(loader);
@@ -83,6 +89,9 @@ impl Program {
                 }
                 if let Some(folder) = loader.parent() {
                     command.arg("--library-path").arg(folder);
+                }
+                if !libraries.is_empty() {
+                    command.arg("--preload").arg(libraries.join(":"));
                 }
                 command.arg(&self.path);
                 command
