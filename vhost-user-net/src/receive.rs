@@ -211,6 +211,11 @@ impl Receiver {
 
     /// How many chains `total` bytes take up. Pops more if need be.
     fn reserve(&mut self, ring: &mut Ring, total: usize) -> Result<usize, NotReceived> {
+        if self.chains.is_empty() {
+            // Frames of one burst, or segments of one frame, have used up what was popped before it.
+            self.pop(ring, AHEAD);
+            self.drop_undersized(ring);
+        }
         if !self.mergeable {
             let first = self.chains.front().ok_or(NotReceived::NoBuffers)?;
             return if first.writable_len() >= total as u64 { Ok(1) } else { Err(NotReceived::TooLong) };

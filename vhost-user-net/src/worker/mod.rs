@@ -72,6 +72,8 @@ enum Received {
     Empty,
     /// The guest has posted no buffers.
     Starved,
+    /// Other threads fill the guest's buffers: there is nothing to wait for.
+    Elsewhere,
     /// The ring does not run.
     Stopped,
     /// The rate limit is reached: try again then.

@@ -63,7 +63,7 @@ impl SwitchPair {
             receivable: state.nic.receivable(),
             filter: state.filter.clone(),
         };
-        if outdated || self.told.as_ref().is_none_or(|told| *told != (guest.clone(), running)) {
+        if outdated || self.told.as_ref().is_none_or(|(known, ran)| *known != guest || *ran != running) {
             // In this order, nobody has a frame for a queue that was stopped.
             if !running {
                 self.member.set_running(self.pair, false);
@@ -72,7 +72,7 @@ impl SwitchPair {
             self.member.set_running(self.pair, running);
             self.told = Some((guest, running));
         }
-        Received::Stopped
+        if running { Received::Elsewhere } else { Received::Stopped }
     }
 
     /// Sends a frame of our own.
