@@ -48,9 +48,13 @@ impl Pair {
     }
 
     fn with(sends: &RawOptions, receives: &RawOptions, sizes: &[usize]) -> Result<Self> {
+        Self::with_chains(sends, receives, BUFFERS.min(RING_SIZE / sizes.len() as u16), sizes)
+    }
+
+    /// The receiver posts `chains` chains of buffers of these sizes.
+    fn with_chains(sends: &RawOptions, receives: &RawOptions, chains: u16, sizes: &[usize]) -> Result<Self> {
         let daemon = net_daemon().arg("--switch").port("").port("").start()?;
         let [from, to] = [0, 1].map(|port| daemon.sockets()[port].clone());
-        let chains = BUFFERS.min(RING_SIZE / sizes.len() as u16);
         let to = Guest::join_with(&to, mac(2), receives, chains, sizes)?;
         Ok(Self { from: Guest::join(&from, mac(1), sends)?, to, daemon })
     }
@@ -256,6 +260,16 @@ fn a_large_frame_is_cut_for_who_cannot() -> Result<()> {
             check_segments(&mut pair, &whole, 0, mss)?;
         }
         pair.pass(&numbered(mac(1), mac(2), 1, 60))?;
+    }
+    Ok(())
+}
+
+/// More segments than buffers that are taken from the ring at a time.
+#[test]
+fn every_segment_finds_the_buffer_that_was_posted_for_it() -> Result<()> {
+    for receives in [plain(), plain().with(VIRTIO_NET_F_MRG_RXBUF)] {
+        let mut pair = Pair::with_chains(&sends_all(), &receives, RING_SIZE, &[2048])?;
+        check_segments(&mut pair, &tcp4(&payload(60_000)), 0, 600)?;
     }
     Ok(())
 }
