@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::{VhostUserBackend, VhostUserDaemon};
@@ -49,11 +49,13 @@ struct Group<W> {
 struct Queues<W> {
     worker: W,
     rings: Vec<SharedRing>,
+    poll: Poll,
 }
 
 impl<W: Worker> Queues<W> {
     /// Completes all that is in flight.
     fn drain(&mut self) {
+        self.worker.interrupt();
         loop {
             self.worker.pass(&self.rings);
             if self.worker.in_flight() == 0 {
@@ -61,6 +63,43 @@ impl<W: Worker> Queues<W> {
             }
             self.worker.wait(WAIT_SLICE, None);
         }
+    }
+}
+
+/// Whether looking at the rings pays: whether requests come soon after the last ones were answered.
+#[derive(Debug, Default)]
+struct Poll {
+    limit: Duration,
+    /// How often it is left out from now on.
+    pause: u32,
+    /// How often it was left out before the last try, which was in vain.
+    last_pause: u32,
+}
+
+impl Poll {
+    /// The longest pause after tries in vain.
+    const MAX_PAUSE: u32 = 255;
+
+    /// Makes `look` look, again and again, until it finds something: `true`; or until the limit.
+    fn run(&mut self, mut look: impl FnMut() -> bool) -> bool {
+        if self.limit.is_zero() {
+            return false;
+        }
+        if self.pause > 0 {
+            self.pause -= 1;
+            return false;
+        }
+        let start = Instant::now();
+        while start.elapsed() < self.limit {
+            if look() {
+                self.last_pause = 0;
+                return true;
+            }
+            std::hint::spin_loop();
+        }
+        self.last_pause = (2 * self.last_pause + 1).min(Self::MAX_PAUSE);
+        self.pause = self.last_pause;
+        false
     }
 }
 
@@ -97,7 +136,11 @@ impl<D: Device> Backend<D> {
         let groups = (0..num_queues.div_ceil(queues_per_worker))
             .map(|index| {
                 Ok(Group {
-                    queues: Mutex::new(Queues { worker: device.new_worker(index)?, rings: Vec::new() }),
+                    queues: Mutex::new(Queues {
+                        worker: device.new_worker(index)?,
+                        rings: Vec::new(),
+                        poll: Poll { limit: device.poll_limit(), ..Poll::default() },
+                    }),
                     nudge: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
                     claims: AtomicUsize::new(0),
                 })
@@ -260,7 +303,7 @@ impl<D: Device> VhostUserBackend for Backend<D> {
         if queues.rings.is_empty() {
             queues.rings = self.new_rings(thread, vrings);
         }
-        let Queues { worker, rings } = &mut *queues;
+        let Queues { worker, rings, poll } = &mut *queues;
         loop {
             if group.claims.load(Ordering::SeqCst) > 0 {
                 // Nudged again by whoever claims the queues.
@@ -268,7 +311,11 @@ impl<D: Device> VhostUserBackend for Backend<D> {
             }
             let look_again = match worker.pass(rings) {
                 Progress::Busy => true,
-                Progress::Idle => worker.rest(rings),
+                Progress::Idle => {
+                    let claimed = || group.claims.load(Ordering::SeqCst) > 0;
+                    worker.in_flight() == 0 && poll.run(|| claimed() || worker.pass(rings) != Progress::Idle)
+                        || worker.rest(rings)
+                }
                 Progress::Full => false,
             };
             if look_again {
@@ -281,5 +328,28 @@ impl<D: Device> VhostUserBackend for Backend<D> {
             let kick = rings.iter().find_map(|ring| ring.lock().kick());
             worker.wait(WAIT_SLICE, kick.as_ref());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn polling_in_vain_becomes_rare_and_comes_back_when_it_pays() {
+        let mut poll = Poll { limit: Duration::from_micros(1), ..Poll::default() };
+        let mut tries = 0;
+        for _ in 0..10_000 {
+            let mut looked = false;
+            assert!(!poll.run(|| {
+                looked = true;
+                false
+            }));
+            tries += u32::from(looked);
+        }
+        assert!((8..60).contains(&tries), "{tries} of 10,000");
+        while !poll.run(|| true) {}
+        assert!(poll.run(|| true), "it paid, so it is done at once");
+        assert!(!Poll::default().run(|| true), "without a limit there is no polling");
     }
 }

@@ -9,6 +9,8 @@
 
 mod source;
 
+use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use libc::iovec;
@@ -17,6 +19,7 @@ use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F
 
 pub use self::source::Source;
 use crate::dirty::DirtyLog;
+use crate::file_io::{preadv, pwritev};
 use crate::memory::{Memory, host_ptr, host_range};
 
 /// Buffers that one chain may have: what `preadv` and `pwritev` take in one call (`UIO_MAXIOV`).
@@ -77,6 +80,7 @@ pub enum ChainError {
 #[derive(Debug, Default)]
 pub struct Chain {
     head: u16,
+    replayed: bool,
     memory: Option<Arc<Memory>>,
     segments: Vec<iovec>,
     /// `segments[first_readable..readable_end]` are device-readable, the rest from there device-writable.
@@ -242,6 +246,16 @@ impl Chain {
         self.head
     }
 
+    /// Whether a process before this one had popped it and may have executed it, in part or as a whole, without the guest
+    /// having been told.
+    pub fn is_replayed(&self) -> bool {
+        self.replayed
+    }
+
+    pub(crate) fn set_replayed(&mut self, replayed: bool) {
+        self.replayed = replayed;
+    }
+
     /// What is left of the device-readable part, as iovecs into guest memory.
     pub fn readable(&self) -> &[iovec] {
         &self.segments[self.first_readable..self.readable_end]
@@ -310,6 +324,31 @@ impl Chain {
             done += unsafe { source.copy_to(to, room) };
         }
         done
+    }
+
+    /// Reads from `file`, from its byte `from` on, up to `len` bytes to the device-writable part, from its byte `offset` on,
+    /// by one call of preadv2(2) with `flags`. Returns how many bytes it were. Mark them with [`Chain::log_written`].
+    pub fn read_file(
+        &self,
+        file: BorrowedFd<'_>,
+        from: u64,
+        offset: usize,
+        len: usize,
+        flags: i32,
+    ) -> io::Result<usize> {
+        let mut space = self.written();
+        space.skip(offset);
+        let iovecs: Vec<iovec> = space.limit(len).iovecs().collect();
+        // SAFETY: the iovecs lie in the memory map held by `self.memory`.
+        unsafe { preadv(file, &iovecs, from, flags) }
+    }
+
+    /// Writes the first `len` bytes that are left of the device-readable part to `file`, at its byte `to`, by one call of
+    /// pwritev2(2) with `flags`. Returns how many bytes it were.
+    pub fn write_file(&self, file: BorrowedFd<'_>, to: u64, len: usize, flags: i32) -> io::Result<usize> {
+        let iovecs: Vec<iovec> = self.source().limit(len).iovecs().collect();
+        // SAFETY: the iovecs lie in the memory map held by `self.memory`.
+        unsafe { pwritev(file, &iovecs, to, flags) }
     }
 
     /// What the device-writable part holds now, to be looked at. The guest may change it at any time.

@@ -48,6 +48,12 @@ pub trait Device: Send + Sync + 'static {
         None
     }
 
+    /// How long a worker with nothing to do looks at its rings before it asks for kicks and sleeps: saves a driver that
+    /// waits for each answer the kick, and the worker the wake-up. It is not done while it does not pay.
+    fn poll_limit(&self) -> Duration {
+        Duration::ZERO
+    }
+
     /// The largest queue size that a driver may choose: a power of two.
     fn max_queue_size(&self) -> u16;
 
@@ -114,6 +120,10 @@ pub trait Worker: Send + 'static {
     fn event_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
+
+    /// The rings are about to stop: what waits for somebody else than the host's storage, who may take any time, is
+    /// to be given up, so that all that is [in flight](Worker::in_flight) ends soon.
+    fn interrupt(&mut self) {}
 
     /// Chains that something else than a pass has to finish.
     fn in_flight(&self) -> usize {

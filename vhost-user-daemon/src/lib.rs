@@ -11,6 +11,7 @@
 //! | [`ring`] | a queue as a worker uses it: batches of chains, batches of used entries, notifications |
 //! | [`chain`] | a descriptor chain as checked iovecs into guest memory |
 //! | [`dirty`] | the dirty log of live migration |
+//! | [`file_io`] | preadv and pwritev on iovecs of guest memory |
 //! | `inflight` | what is in flight, in memory that outlives a daemon that is killed |
 //! | [`throttle`] | token buckets for bytes and operations, for a worker that never sleeps |
 //! | [`log`](mod@log) | set-up of the logger, and macros for what a guest can trigger |
@@ -22,6 +23,7 @@ pub mod chain;
 pub mod cli;
 pub mod device;
 pub mod dirty;
+pub mod file_io;
 mod inflight;
 mod link;
 pub mod log;

@@ -360,12 +360,15 @@ impl Batch<'_> {
     /// A chain that cannot be followed is popped as well, and has to be completed like any other. It has no buffers,
     /// but [`Chain::write_last_byte`] works if its last byte could be found.
     pub fn pop(&mut self, chain: &mut Chain) -> Option<Result<(), ChainError>> {
-        while let Some(head) = self.next_head() {
+        loop {
+            let replayed = !self.again.is_empty();
+            let head = self.next_head()?;
             if let Some(inflight) = &mut self.inflight {
                 inflight.take(head);
             }
             // SAFETY: `resolve` found the whole table of `size` descriptors in this memory map.
             let result = unsafe { chain.fill(&self.memory, self.layout.table, self.layout.size, head) };
+            chain.set_replayed(replayed);
             if let Err(error) = &result {
                 warn_limited!("Chain {head} of queue {} is refused: {error}", self.index);
                 // A head that is no descriptor has no place in the used ring: the driver would not know it.
@@ -376,7 +379,6 @@ impl Batch<'_> {
             *self.outstanding = self.outstanding.saturating_add(1);
             return Some(result);
         }
-        None
     }
 
     fn next_head(&mut self) -> Option<u16> {

@@ -11,8 +11,9 @@ use log::error;
 use rustix::fs::{FallocateFlags, fallocate};
 
 use super::operation::{rest, total_len};
-use super::sys::{block_discard, block_zeroout, gather, preadv, pwritev, scatter};
+use super::sys::{block_discard, block_zeroout, gather, scatter};
 use super::{Image, Kind, Operation, Range};
+use vhost_user_daemon::file_io::{preadv, pwritev};
 
 /// How often an operation is tried again that the kernel could not do at this moment.
 pub(super) const MAX_RETRIES: u32 = 64;

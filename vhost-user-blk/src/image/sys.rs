@@ -9,34 +9,6 @@ use std::os::fd::AsRawFd;
 
 use libc::{c_int, iovec};
 
-/// Reads into `buffers` from `offset` on, at most `UIO_MAXIOV` of them. Returns the bytes read, 0 at the end of file.
-///
-/// `flags` are those of preadv2(2), such as `RWF_NOWAIT`.
-///
-/// # Safety
-/// The buffers must be mapped. They may be shared with others.
-pub(super) unsafe fn preadv(file: &File, buffers: &[iovec], offset: u64, flags: c_int) -> io::Result<usize> {
-    // SAFETY: as promised by the caller.
-    let result = unsafe {
-        libc::preadv2(file.as_raw_fd(), buffers.as_ptr(), buffers.len() as c_int, offset as i64, flags)
-    };
-    usize::try_from(result).map_err(|_| io::Error::last_os_error())
-}
-
-/// Writes `buffers` at `offset`, at most `UIO_MAXIOV` of them. Returns the bytes written.
-///
-/// `flags` are those of pwritev2(2), such as `RWF_DSYNC`.
-///
-/// # Safety
-/// As for [`preadv`].
-pub(super) unsafe fn pwritev(file: &File, buffers: &[iovec], offset: u64, flags: c_int) -> io::Result<usize> {
-    // SAFETY: as promised by the caller.
-    let result = unsafe {
-        libc::pwritev2(file.as_raw_fd(), buffers.as_ptr(), buffers.len() as c_int, offset as i64, flags)
-    };
-    usize::try_from(result).map_err(|_| io::Error::last_os_error())
-}
-
 /// Copies `from` to `buffers`, from byte `skip` of them on.
 ///
 /// # Safety
