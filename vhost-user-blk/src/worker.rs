@@ -273,8 +273,9 @@ impl Worker for BlkWorker {
         self.engine.in_flight()
     }
 
-    fn wait(&mut self, timeout: Duration, kick: Option<&Arc<OwnedFd>>) {
-        self.engine.wait(timeout, kick);
+    fn wait(&mut self, timeout: Duration, kicks: &[Arc<OwnedFd>]) {
+        // A worker has one queue.
+        self.engine.wait(timeout, kicks.first());
     }
 }
 

@@ -61,7 +61,7 @@ impl<W: Worker> Queues<W> {
             if self.worker.in_flight() == 0 {
                 return;
             }
-            self.worker.wait(WAIT_SLICE, None);
+            self.worker.wait(WAIT_SLICE, &[]);
         }
     }
 }
@@ -192,6 +192,11 @@ impl<D: Device> Backend<D> {
         }
     }
 
+    /// Gives up what the front end that is gone held by the device: nobody may come after it for long.
+    pub fn forget(&self) {
+        self.device.reset();
+    }
+
     /// The eventfds whose ownership `vhost-user-backend` dropped: it registers the raw number and never closes it.
     pub fn take_exit_events(&self) -> Vec<RawFd> {
         std::mem::take(&mut *self.exit_events.lock().unwrap_or_else(PoisonError::into_inner))
@@ -304,6 +309,7 @@ impl<D: Device> VhostUserBackend for Backend<D> {
             queues.rings = self.new_rings(thread, vrings);
         }
         let Queues { worker, rings, poll } = &mut *queues;
+        let mut kicks = Vec::new();
         loop {
             if group.claims.load(Ordering::SeqCst) > 0 {
                 // Nudged again by whoever claims the queues.
@@ -325,8 +331,9 @@ impl<D: Device> VhostUserBackend for Backend<D> {
             if worker.in_flight() == 0 || self.stopped.load(Ordering::SeqCst) {
                 return Ok(());
             }
-            let kick = rings.iter().find_map(|ring| ring.lock().kick());
-            worker.wait(WAIT_SLICE, kick.as_ref());
+            kicks.clear();
+            kicks.extend(rings.iter().filter_map(|ring| ring.lock().kick()));
+            worker.wait(WAIT_SLICE, &kicks);
         }
     }
 }

@@ -212,13 +212,15 @@ fn program_name(called: Option<&OsStr>) -> String {
 /// Text for a daemon's `after_long_help`: how to run `daemon` with its own `flags`, and QEMU with `device`, which
 /// refers to the socket as chardev `vu0`.
 pub fn qemu_example(daemon: &str, flags: &str, device: &str) -> String {
+    // QEMU's generic device does not wait for a connection, and with it refuses to start (11.1).
+    let reconnect = if device.contains("vhost-user-test-device") { "" } else { ",reconnect-ms=1000" };
     format!(
         "Example (the guest's memory must be shared with the daemon, hence the memory-backend-memfd):
 
   {daemon} --socket-path /tmp/vu0.sock {flags} &
   qemu-system-x86_64 -accel kvm -machine q35,memory-backend=mem0 -m 1G \\
     -object memory-backend-memfd,id=mem0,size=1G,share=on \\
-    -chardev socket,id=vu0,path=/tmp/vu0.sock,reconnect-ms=1000 \\
+    -chardev socket,id=vu0,path=/tmp/vu0.sock{reconnect} \\
     {device}"
     )
 }

@@ -72,7 +72,8 @@ pub trait Device: Send + Sync + 'static {
     /// field that can be written, or no possible value for it; the front end is told so.
     fn write_config(&self, offset: usize, data: &[u8]) -> bool;
 
-    /// A new front end has connected, or the front end resets the device: what the last driver chose is forgotten.
+    /// A front end has connected or left, or resets the device: what the last driver chose is forgotten, and what it held is
+    /// given up. Nothing is in flight.
     fn reset(&self);
 
     /// Makes worker `index` for a new connection: the one of the queues from `index * queues_per_worker()` on. It is
@@ -130,15 +131,15 @@ pub trait Worker: Send + 'static {
         0
     }
 
-    /// Waits until something in flight has finished, until the guest writes to `kick`, or until `timeout`, whatever
-    /// comes first. Called only while something is in flight. `kick` is not to be read.
+    /// Waits until something in flight has finished, until the guest writes to one of `kicks`, or until `timeout`, whatever
+    /// comes first. Called only while something is in flight. The kicks are not to be read.
     ///
     /// Returning early is no error, and neither is missing a kick: it is looked for again.
     ///
     /// It is the worker that waits, and not the thread's epoll: an io_uring completion interrupts epoll_wait(2) with
     /// EINTR before it can be seen there, which costs two system calls more for each wake-up.
-    fn wait(&mut self, timeout: Duration, kick: Option<&Arc<OwnedFd>>) {
-        let _ = (timeout, kick);
+    fn wait(&mut self, timeout: Duration, kicks: &[Arc<OwnedFd>]) {
+        let _ = (timeout, kicks);
     }
 }
 

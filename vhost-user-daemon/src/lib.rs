@@ -13,6 +13,7 @@
 //! | [`dirty`] | the dirty log of live migration |
 //! | [`file_io`] | preadv and pwritev on iovecs of guest memory |
 //! | `inflight` | what is in flight, in memory that outlives a daemon that is killed |
+//! | [`sandbox`] | namespaces, Landlock, capabilities, seccomp: entered once, before any thread is started |
 //! | [`throttle`] | token buckets for bytes and operations, for a worker that never sleeps |
 //! | [`log`](mod@log) | set-up of the logger, and macros for what a guest can trigger |
 //!
@@ -29,6 +30,7 @@ mod link;
 pub mod log;
 mod memory;
 pub mod ring;
+pub mod sandbox;
 pub mod serve;
 pub mod socket;
 mod sys;

@@ -4,6 +4,7 @@
 //! waits for signals, and for the others to end.
 
 mod arrivals;
+mod notify;
 mod signals;
 
 use std::fmt;
@@ -14,14 +15,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use log::{error, info, warn};
+use log::{error, info};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use sd_notify::NotifyState;
 use thiserror::Error;
 use vhost::vhost_user::Listener;
 use vhost_user_backend::VhostUserDaemon;
 
 use self::arrivals::Arrivals;
+pub(crate) use self::notify::connect as connect_to_service_manager;
 use self::signals::{Signals, wait};
 use crate::backend::Backend;
 use crate::cli::chain;
@@ -139,7 +140,7 @@ pub fn serve_all<D: Device>(served: &[Served<'_, D>], options: &ServeOptions) ->
             }
         }
         drop(guard);
-        notify_supervisor(NotifyState::Ready);
+        notify::send("READY=1");
         let supervised = supervise(&signals, running.as_fd(), options);
         if supervised.is_err() {
             signals.end();
@@ -159,7 +160,7 @@ fn supervise(signals: &Signals, running: BorrowedFd<'_>, options: &ServeOptions)
         match wait(&[signals.ending(), running, signals.report()], None)? {
             Some(0) => {
                 info!("Ending: completing what is in flight");
-                notify_supervisor(NotifyState::Stopping);
+                notify::send("STOPPING=1");
                 return Ok(());
             }
             Some(1) => return Ok(()),
@@ -243,13 +244,6 @@ fn raise_file_limit() {
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
 }
 
-fn notify_supervisor(state: NotifyState<'_>) {
-    // Without a supervisor that listens this does nothing.
-    if let Err(error) = sd_notify::notify(&[state]) {
-        warn!("The service manager cannot be notified: {error}");
-    }
-}
-
 /// A front end and all that serves it: the link's thread, the stock daemon's thread, and one thread for each queue.
 struct Connection<D: Device> {
     front: UnixStream,
@@ -319,6 +313,7 @@ impl<D: Device> Connection<D> {
         let _ = self.daemon.wait();
         drop(self.daemon);
         sys::close_forgotten(self.backend.take_exit_events());
+        self.backend.forget();
     }
 }
 

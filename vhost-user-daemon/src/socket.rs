@@ -7,6 +7,7 @@
 
 mod client;
 mod inherited;
+mod keeper;
 mod lock;
 mod path;
 mod sys;
@@ -21,6 +22,7 @@ use std::path::{Path, PathBuf};
 
 use crate::cli::SocketArgs;
 pub use client::{ConnectError, Target};
+pub(crate) use keeper::Keeper;
 pub use sys::{InheritError, inherited_fd};
 
 /// What a daemon got to meet its front end. All are in blocking mode and closed on `exec`.
@@ -48,7 +50,8 @@ pub struct SocketOptions {
 impl Socket {
     /// Listens at the path of `options`, or gets ready to connect to it.
     ///
-    /// Call it before the sandbox closes. A client needs the path as long as it lives.
+    /// Call it before the [sandbox](crate::sandbox) closes, and give it to the sandbox: a client needs the path as
+    /// long as it lives, and a listening socket in the end.
     pub fn open(options: &SocketOptions) -> Result<Self, SocketError> {
         if options.client {
             Target::new(&options.path).map(Self::Connecting)
@@ -85,6 +88,24 @@ impl Socket {
     pub fn from_systemd(wanted: Option<usize>) -> Result<Vec<Self>, SocketError> {
         let fds = inherited::listen_fds(|name| std::env::var_os(name), std::process::id(), wanted)?;
         fds.map(inherited::open).collect()
+    }
+
+    /// Whether the socket's path has to be found later.
+    fn needs_path(&self) -> bool {
+        match self {
+            Self::Listening(listener) => listener.claim.is_some(),
+            Self::Connecting(_) => true,
+            Self::Connected(_) => false,
+        }
+    }
+
+    /// Leaves to a keeper what takes the socket's path.
+    fn keep_by(&mut self, link: keeper::Link) {
+        match self {
+            Self::Listening(Listener { claim: Some(claim), .. }) => claim.keep_by(link),
+            Self::Connecting(target) => target.keep_by(link),
+            Self::Listening(_) | Self::Connected(_) => {}
+        }
     }
 }
 
@@ -126,12 +147,17 @@ impl Listener {
         self.claim.as_ref().map(path::Claim::path)
     }
 
-    /// The directory from which the socket and the lock file are removed in the end, as an `O_PATH` descriptor.
-    ///
-    /// The removal goes through this descriptor, so it works in another mount namespace or after `chdir`. A
-    /// Landlock sandbox must allow to remove files and sockets in it.
+    /// The directory from which the socket and the lock file are removed in the end, as an `O_PATH` descriptor;
+    /// `None` if there is nothing to be removed, or from inside a sandbox, where it is not left to this process.
     pub fn directory(&self) -> Option<BorrowedFd<'_>> {
-        self.claim.as_ref().map(path::Claim::directory)
+        self.claim.as_ref().and_then(path::Claim::directory)
+    }
+
+    /// Removes the socket and the lock file, unless something else has taken the place of either.
+    fn remove_files(&self) {
+        if let Some(claim) = &self.claim {
+            claim.remove_files();
+        }
     }
 }
 

@@ -87,7 +87,7 @@ impl Worker for Nothing {
         0
     }
 
-    fn wait(&mut self, _timeout: Duration, _kick: Option<&Arc<OwnedFd>>) {}
+    fn wait(&mut self, _timeout: Duration, _kicks: &[Arc<OwnedFd>]) {}
 }
 
 /// A device that is being served, until the test ends.

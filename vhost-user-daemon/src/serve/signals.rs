@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use log::error;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
-use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
 
 use super::DRAIN_TIMEOUT;
 
@@ -35,6 +36,9 @@ impl Signals {
             signals.stop.happens_on(signal)?;
         }
         signals.report.happens_on(SIGUSR1)?;
+        // Caught, so that a guest that writes beyond the largest file that the process may make (ulimit -f) gets an error
+        // (EFBIG) and not the daemon's end.
+        signal_hook::flag::register(SIGXFSZ, Arc::default())?;
         let watched = signals.ending.receiver.try_clone()?;
         thread::Builder::new().name("watchdog".into()).spawn(move || {
             if wait(&[watched.as_fd()], None).is_ok() {

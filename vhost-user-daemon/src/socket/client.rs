@@ -14,12 +14,15 @@ use rustix::io::Errno;
 use rustix::net::{SocketAddrUnix, SocketFlags};
 
 use super::SocketError;
+use super::keeper::Link;
 use super::path::{MAX_PATH, describe, new_socket};
 
 /// The path of a socket on which the front end listens, now or later.
 #[derive(Debug)]
 pub struct Target {
     path: PathBuf,
+    /// Connects in place of this process, which cannot find the path.
+    keeper: Option<Link>,
 }
 
 impl Target {
@@ -37,7 +40,12 @@ impl Target {
                 return Err(SocketError::Occupied { path: path.into(), kind: describe(file_type) });
             }
         }
-        Ok(Self { path: path.into() })
+        Ok(Self { path: path.into(), keeper: None })
+    }
+
+    /// Leaves connecting to a keeper.
+    pub(super) fn keep_by(&mut self, link: Link) {
+        self.keeper = Some(link);
     }
 
     /// The path of the front end's socket.
@@ -51,6 +59,14 @@ impl Target {
     }
 
     fn try_connect(&self) -> Result<UnixStream, Errno> {
+        match &self.keeper {
+            Some(keeper) => keeper.connect().map(UnixStream::from),
+            None => self.connect_by_path(),
+        }
+    }
+
+    /// Connects, as a process that finds the path.
+    pub(super) fn connect_by_path(&self) -> Result<UnixStream, Errno> {
         // In blocking mode, connect(2) would wait for room in the backlog.
         let socket = new_socket(SocketFlags::NONBLOCK)?;
         rustix::net::connect(&socket, &SocketAddrUnix::new(&self.path)?)?;

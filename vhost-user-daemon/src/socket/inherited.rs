@@ -45,7 +45,7 @@ fn classify(socket: OwnedFd, fd: RawFd) -> Result<Socket, SocketError> {
 /// The descriptors that systemd passed: `sd_listen_fds(3)` on the variables that `variable` looks up. As many as are
 /// `wanted`, if that is said, and at least one.
 ///
-/// `sd_notify::listen_fds` would set the close-on-exec flag, whose absence is what [`sys::inherited_fd`] goes by.
+/// The close-on-exec flag is left alone: its absence is what [`sys::inherited_fd`] goes by.
 /// The variables stay in the environment: removing them is not thread-safe, and `LISTEN_PID` already keeps children
 /// from believing that they are meant.
 pub(super) fn listen_fds(

@@ -23,10 +23,11 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use nix::unistd::Group;
-use rustix::fs::{self, AtFlags, CWD, FileType, Gid, Mode, OFlags};
+use rustix::fs::{self, AtFlags, CWD, FileType, Gid, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
+use super::keeper::Link;
 use super::lock::{FileId, Lock};
 use super::{Listener, SocketError};
 
@@ -63,13 +64,21 @@ fn find_group(group: &str) -> Result<Gid, SocketError> {
 /// The right to a socket path: holds the lock, and removes in the end what it made.
 #[derive(Debug)]
 pub(super) struct Claim {
-    /// Keeps the directory reachable, whatever happens to its path or to the view of the file system.
-    directory: OwnedFd,
+    place: Place,
     path: PathBuf,
     name: OsString,
     lock: Lock,
     /// The socket, once it is made.
     socket: Option<FileId>,
+}
+
+/// From where the files are removed.
+#[derive(Debug)]
+enum Place {
+    /// The directory, reachable whatever happens to its path.
+    Directory(OwnedFd),
+    /// It cannot be reached, and another process sees to it.
+    Kept(Link),
 }
 
 impl Claim {
@@ -88,21 +97,45 @@ impl Claim {
             error => SocketError::Directory { directory: parent.into(), source: error.into() },
         })?;
         let lock = Lock::acquire(&directory, path, name)?;
-        Ok(Self { directory, path: path.into(), name: name.into(), lock, socket: None })
+        Ok(Self {
+            place: Place::Directory(directory),
+            path: path.into(),
+            name: name.into(),
+            lock,
+            socket: None,
+        })
     }
 
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
-    pub(super) fn directory(&self) -> BorrowedFd<'_> {
-        self.directory.as_fd()
+    pub(super) fn directory(&self) -> Option<BorrowedFd<'_>> {
+        match &self.place {
+            Place::Directory(directory) => Some(directory.as_fd()),
+            Place::Kept(_) => None,
+        }
+    }
+
+    /// The directory, which is there until the socket is kept.
+    fn open_directory(&self) -> Result<BorrowedFd<'_>, Errno> {
+        self.directory().ok_or(Errno::BADF)
+    }
+
+    /// What stands at the path.
+    fn stat(&self) -> Result<Stat, Errno> {
+        fs::statat(self.open_directory()?, &self.name, AtFlags::SYMLINK_NOFOLLOW)
+    }
+
+    /// Leaves the removal to a keeper, and lets go of the directory.
+    pub(super) fn keep_by(&mut self, link: Link) {
+        self.place = Place::Kept(link);
     }
 
     /// Clears the path of a socket on which nobody listens.
     fn remove_stale(&self) -> Result<(), SocketError> {
         let path = || self.path.clone();
-        let stat = match fs::statat(&self.directory, &self.name, AtFlags::SYMLINK_NOFOLLOW) {
+        let stat = match self.stat() {
             Ok(stat) => stat,
             Err(Errno::NOENT) => return Ok(()),
             Err(error) => {
@@ -125,7 +158,7 @@ impl Claim {
             }
         }
         log::info!("Removing socket {}, which a daemon that was killed left behind", self.path.display());
-        match fs::unlinkat(&self.directory, &self.name, AtFlags::empty()) {
+        match self.open_directory().and_then(|fd| fs::unlinkat(fd, &self.name, AtFlags::empty())) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
             Err(error) => Err(SocketError::RemoveStale { path: path(), source: error.into() }),
         }
@@ -159,8 +192,7 @@ impl Claim {
         let socket = new_socket(SocketFlags::empty())?;
         fs::fchmod(&socket, Mode::RWXU)?;
         rustix::net::bind(&socket, &SocketAddrUnix::new(&self.path)?)?;
-        let stat = fs::statat(&self.directory, &self.name, AtFlags::SYMLINK_NOFOLLOW)?;
-        self.socket = Some(stat.into());
+        self.socket = Some(self.stat()?.into());
         Ok(socket)
     }
 
@@ -170,7 +202,7 @@ impl Claim {
     /// may have become a link to a file of which they want the owner and mode changed.
     fn open_to_group(&self, group: Gid) -> Result<(), Errno> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let file = fs::openat(&self.directory, &self.name, flags, Mode::empty())?;
+        let file = fs::openat(self.open_directory()?, &self.name, flags, Mode::empty())?;
         if self.socket != Some(fs::fstat(&file)?.into()) {
             return Err(Errno::STALE);
         }
@@ -180,10 +212,24 @@ impl Claim {
         fs::chmodat(CWD, link, Mode::RWXU | Mode::RWXG, AtFlags::empty())
     }
 
+    /// Removes what was made, as far as it is still there.
+    pub(super) fn remove_files(&self) {
+        match &self.place {
+            Place::Directory(directory) => {
+                if let Some(socket) = self.socket {
+                    self.remove(directory, &self.name, socket);
+                }
+                // Last, and before the descriptor is closed: the lock covers every change of the directory.
+                self.remove(directory, self.lock.name(), self.lock.id());
+            }
+            Place::Kept(link) => link.remove(),
+        }
+    }
+
     /// Removes a file from the directory if it still is the one that is meant.
-    fn remove(&self, name: &OsStr, id: FileId) {
-        let removed = fs::statat(&self.directory, name, AtFlags::SYMLINK_NOFOLLOW).and_then(|stat| {
-            if id == stat.into() { fs::unlinkat(&self.directory, name, AtFlags::empty()) } else { Ok(()) }
+    fn remove(&self, directory: &OwnedFd, name: &OsStr, id: FileId) {
+        let removed = fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).and_then(|stat| {
+            if id == stat.into() { fs::unlinkat(directory, name, AtFlags::empty()) } else { Ok(()) }
         });
         // Management software such as libvirt removes the socket itself.
         if let Err(error) = removed
@@ -197,11 +243,7 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        if let Some(socket) = self.socket {
-            self.remove(&self.name, socket);
-        }
-        // Last, and before the descriptor is closed: the lock covers every change of the directory.
-        self.remove(self.lock.name(), self.lock.id());
+        self.remove_files();
     }
 }
 
