@@ -103,6 +103,7 @@ pub struct Builder {
     args: Vec<OsString>,
     envs: Vec<(OsString, OsString)>,
     start_limit: Duration,
+    file_limit: Option<u32>,
 }
 
 impl Builder {
@@ -177,6 +178,13 @@ impl Builder {
         self
     }
 
+    /// Lets it have at most this many files open.
+    #[must_use]
+    pub fn file_limit(mut self, limit: u32) -> Self {
+        self.file_limit = Some(limit);
+        self
+    }
+
     /// Builds the daemon if need be, starts it and waits until its sockets accept connections. A client is not waited
     /// for.
     pub fn start(self) -> Result<Daemon> {
@@ -201,6 +209,13 @@ impl Builder {
             command.arg("--client");
         }
         command.args(self.args).envs(self.envs);
+        if let Some(limit) = self.file_limit {
+            let mut limited = Command::new("/bin/sh");
+            limited.args(["-c", "ulimit -n \"$0\" && exec \"$@\""]).arg(limit.to_string());
+            limited.arg(command.get_program()).args(command.get_args());
+            limited.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+            command = limited;
+        }
         if let Some(entry) = &self.entry {
             command = entry.wrap(&command);
         }
@@ -238,6 +253,7 @@ impl Daemon {
             args: Vec::new(),
             envs: Vec::new(),
             start_limit: START_LIMIT,
+            file_limit: None,
         }
     }
 
@@ -326,9 +342,15 @@ impl Daemon {
 ///
 /// Asked of the kernel: a connection made to find out would be the daemon's first front end.
 pub fn is_listening(pid: u32, socket: &Path) -> bool {
-    // A process that has just ended has no such file.
-    let table = std::fs::read(format!("/proc/{pid}/net/unix")).unwrap_or_default();
-    String::from_utf8_lossy(&table).lines().any(|line| is_listening_at(line, socket))
+    // A daemon in a sandbox has left the network namespace in which it listens. Its child, which looks after the socket,
+    // has not.
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    let children = children.split_whitespace().filter_map(|child| child.parse().ok());
+    std::iter::once(pid).chain(children).any(|pid| {
+        // A process that has just ended has no such file.
+        let table = std::fs::read(format!("/proc/{pid}/net/unix")).unwrap_or_default();
+        String::from_utf8_lossy(&table).lines().any(|line| is_listening_at(line, socket))
+    })
 }
 
 /// Whether a line of `/proc/net/unix` (`Num RefCount Protocol Flags Type St Inode Path`) is a listener at `socket`.

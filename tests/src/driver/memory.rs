@@ -1,4 +1,4 @@
-//! Memory that is shared with a daemon: a memfd and its mapping.
+//! Memory that is shared with a daemon: a file, mostly a memfd, and its mapping.
 #![expect(unsafe_code, reason = "maps memory that another process reads and writes at the same time")]
 
 use std::fs::File;
@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
-/// A mapped memfd. All access is by copy, because the other side may write at any time.
+/// A mapped file. All access is by copy, because the other side may write at any time.
 #[derive(Debug)]
 pub struct SharedMemory {
     file: File,
@@ -28,6 +28,11 @@ impl SharedMemory {
     pub fn new(len: usize) -> io::Result<Self> {
         let file = File::from(memfd_create("test-memory", MemfdFlags::CLOEXEC)?);
         file.set_len(len as u64)?;
+        Self::of_file(file, len)
+    }
+
+    /// Maps the first `len` bytes of a file, such as one that is another program's guest memory.
+    pub fn of_file(file: File, len: usize) -> io::Result<Self> {
         // SAFETY: a fresh mapping at an address of the kernel's choice cannot overlap an object of this process.
         let base = unsafe {
             mmap(ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, &file, 0)?
@@ -121,7 +126,7 @@ impl AsRawFd for SharedMemory {
 
 impl Drop for SharedMemory {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made by `new` with this length and nothing borrows from it any more.
+        // SAFETY: the mapping was made by `of_file` with this length and nothing borrows from it any more.
         // A failure could only mean a wrong address or length.
         let _ = unsafe { munmap(self.base.as_ptr().cast(), self.len) };
     }

@@ -29,7 +29,7 @@ pub const PROTOCOL_FEATURES: u32 = 30;
 /// `VHOST_F_LOG_ALL`: log all writes to guest memory.
 pub const LOG_ALL: u32 = 26;
 
-/// Longest life of a connection.
+/// Longest life of a connection, unless [`RawOptions::life`] says another.
 const LIFE_LIMIT: Duration = Duration::from_secs(120);
 /// Guest memory that each ring gets: first the ring itself, then its buffers.
 const RING_SLICE: u64 = 1 << 20;
@@ -45,6 +45,8 @@ pub enum Layout {
     TwoWithGap,
     /// Two regions that touch at 8 MiB, where a buffer can lie across two mappings.
     TwoAdjacent,
+    /// One region of this many bytes from address 0.
+    Sized(usize),
 }
 
 impl Layout {
@@ -59,6 +61,7 @@ impl Layout {
             Self::One => vec![(0, 2 * half)],
             Self::TwoWithGap => vec![(0, half), (Self::HIGH, half)],
             Self::TwoAdjacent => vec![(0, half), (Self::FIRST_END, half)],
+            Self::Sized(len) => vec![(0, len)],
         }
     }
 }
@@ -78,6 +81,11 @@ impl GuestMemory {
             .map(|(address, len)| Ok((address, SharedMemory::new(len)?)))
             .collect::<io::Result<_>>()?;
         Ok(Self { regions })
+    }
+
+    /// Memory from address 0 on that exists already.
+    pub fn of(memory: SharedMemory) -> Self {
+        Self { regions: vec![(0, memory)] }
     }
 
     /// The end of the highest region.
@@ -167,6 +175,8 @@ pub struct RawOptions {
     pub protocol: VhostUserProtocolFeatures,
     /// Most rings that will be used.
     pub queues: u16,
+    /// After this long the connection is ended, in case that something waits for ever.
+    pub life: Duration,
 }
 
 impl Default for RawOptions {
@@ -190,6 +200,7 @@ impl Default for RawOptions {
                 | VhostUserProtocolFeatures::REPLY_ACK
                 | VhostUserProtocolFeatures::CONFIG,
             queues: 8,
+            life: LIFE_LIMIT,
         }
     }
 }
@@ -200,6 +211,13 @@ impl RawOptions {
     pub fn net() -> Self {
         let features = [VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC];
         Self { features: features.iter().fold(0, |mask, bit| mask | 1 << bit), ..Self::default() }
+    }
+
+    /// What a 9P driver asks for, as Linux does: the mount tag, indirect tables and event indices.
+    pub fn ninep() -> Self {
+        /// `VIRTIO_9P_MOUNT_TAG`: the config space has the tag.
+        const MOUNT_TAG: u32 = 0;
+        Self::net().with(MOUNT_TAG)
     }
 
     /// Asks for one more virtio feature.
@@ -237,11 +255,11 @@ struct Watchdog {
 }
 
 impl Watchdog {
-    fn start(stream: UnixStream) -> Self {
+    fn start(stream: UnixStream, limit: Duration) -> Self {
         let (alive, ended) = mpsc::channel();
         std::thread::spawn(move || {
-            if ended.recv_timeout(LIFE_LIMIT) == Err(RecvTimeoutError::Timeout) {
-                eprintln!("A connection is ended because it has lived for {} s", LIFE_LIMIT.as_secs());
+            if ended.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+                eprintln!("A connection is ended because it has lived for {} s", limit.as_secs());
                 // An error means that the other side has closed it already.
                 let _ = stream.shutdown(Shutdown::Both);
             }
@@ -271,7 +289,7 @@ impl RawDevice {
     pub fn connect_with(socket: &Path, options: &RawOptions, memory: Arc<GuestMemory>) -> io::Result<Self> {
         let stream = UnixStream::connect(socket)?;
         let wire = WireFrontend::from_stream(stream.try_clone()?)?;
-        let watchdog = Watchdog::start(stream.try_clone()?);
+        let watchdog = Watchdog::start(stream.try_clone()?, options.life);
         let mut frontend = Frontend::from_stream(stream, options.queues.into());
 
         frontend.set_owner().map_err(io::Error::other)?;

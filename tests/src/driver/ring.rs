@@ -226,11 +226,23 @@ impl RawRing {
         }
         let start = self.next_desc;
         self.next_desc += count;
+        self.write_descs_at(start, chain);
+        start
+    }
+
+    /// Writes descriptors to the table from place `start` on, for a driver that keeps account of the places itself.
+    pub fn write_descs_at(&self, start: u16, chain: &[Desc]) {
         for (position, desc) in (0..).zip(chain) {
             let at = self.placement.desc + u64::from(start + position) * DESC_LEN as u64;
             self.memory.write(at, &desc.bytes(position, start));
         }
-        start
+    }
+
+    /// Writes a table for an `INDIRECT` descriptor to a place of the caller's choice.
+    pub fn write_indirect_at(&self, at: u64, table: &[Desc]) {
+        for (position, desc) in (0..).zip(table) {
+            self.memory.write(at + u64::from(position) * DESC_LEN as u64, &desc.bytes(position, 0));
+        }
     }
 
     /// Writes a table for an `INDIRECT` descriptor to buffer memory and returns its address.
@@ -238,9 +250,7 @@ impl RawRing {
     /// [`Next::Entry`] and [`Next::Following`] count from the start of this table.
     pub fn write_indirect(&mut self, table: &[Desc]) -> u64 {
         let at = self.arena.alloc(table.len() * DESC_LEN, 16);
-        for (position, desc) in (0..).zip(table) {
-            self.memory.write(at + u64::from(position) * DESC_LEN as u64, &desc.bytes(position, 0));
-        }
+        self.write_indirect_at(at, table);
         at
     }
 

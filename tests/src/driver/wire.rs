@@ -2,6 +2,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut, Read};
 use std::mem::MaybeUninit;
+use std::net::Shutdown;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -70,6 +71,11 @@ impl WireFrontend {
         socket.set_read_timeout(Some(REPLY_TIMEOUT))?;
         socket.set_write_timeout(Some(REPLY_TIMEOUT))?;
         Ok(Self { socket })
+    }
+
+    /// Ends the connection for all who have it.
+    pub fn close(&self) -> io::Result<()> {
+        self.socket.shutdown(Shutdown::Both)
     }
 
     /// Sends any bytes, with file descriptors attached to the first of them.

@@ -15,6 +15,14 @@ await() {
     return 1
 }
 
+# fails COMMAND...: runs a command that must not succeed. (`! COMMAND` would not end the script if it did.)
+fails() {
+    if "$@"; then
+        echo "This succeeded: $*" >&2
+        return 1
+    fi
+}
+
 # wait_path PATH: waits up to ten seconds for a path to exist, such as a device's node.
 wait_path() {
     { set +x; } 2>/dev/null
@@ -61,4 +69,31 @@ shell() {
     # The end of a session hangs its terminal up for everybody who has it open.
     stty -F "$CHANNEL" raw -echo
     exec <"$CHANNEL" 3>"$CHANNEL" >&3
+}
+
+# debian_up [FOLDER...]: mounts the Debian at /debian, where these folders of the guest are seen too.
+debian_up() {
+    for disk in /sys/block/vd*; do
+        [ "$(cat "$disk/serial")" != debian ] || break
+    done
+    mkdir -p /debian
+    mount -t ext4 -o ro "/dev/${disk##*/}" /debian
+    mount -t tmpfs tmp /debian/tmp
+    for folder in /proc /sys /dev "$@"; do
+        mount -o bind "$folder" "/debian$folder"
+    done
+    mkdir -p /dev/shm
+    mount -t tmpfs shm /debian/dev/shm
+}
+
+# debian COMMAND...: runs a command inside.
+debian() {
+    chroot /debian /usr/bin/env -i PATH=/usr/bin:/usr/sbin HOME=/tmp LC_ALL=C.UTF-8 "$@"
+}
+
+# share_up TAG CACHE [FOLDER]: mounts a shared directory, at /mnt unless told otherwise, with the largest requests that
+# Linux's virtio transport sends, and with $SHARE_OPTIONS behind the other options.
+share_up() {
+    mkdir -p "${3-/mnt}"
+    mount -t 9p -o "trans=virtio,version=9p2000.L,msize=512000,cache=$2$SHARE_OPTIONS" "$1" "${3-/mnt}"
 }

@@ -29,4 +29,11 @@ while read -r module; do
 done </guest/modules.list
 printf '\036up\036\n' >&3
 sh -ex -c '. /guest/settings; . /guest/functions.sh; . /guest/script' >&3
-finish "exit $?"
+status=$?
+if [ "$status" = 0 ] && [ -n "$NEW_ROOT" ]; then
+    mount -o move /dev "$NEW_ROOT/dev"
+    umount /proc /sys /tmp
+    # A system of its own begins here: nothing of this one's variables and files is for it.
+    exec env -i PATH=/usr/sbin:/usr/bin TERM=linux /bin/busybox switch_root "$NEW_ROOT" /sbin/init <&- >&- 3>&-
+fi
+finish "exit $status"

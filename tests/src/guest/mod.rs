@@ -37,7 +37,7 @@ use tempfile::{NamedTempFile, TempDir};
 pub use self::running::{Report, Running};
 
 use self::initramfs::Initramfs;
-use crate::provision::{self, Modules};
+use crate::provision::{self, Modules, Series};
 
 /// How long the guest's own watchdog waits after the host's limit.
 const WATCHDOG_GRACE: Duration = Duration::from_secs(60);
@@ -54,6 +54,14 @@ pub enum Vmm {
 impl Vmm {
     /// Both of them.
     pub const ALL: [Self; 2] = [Self::Qemu, Self::Uml];
+
+    /// The driver of the transport that the devices are found by, which some kernels have built in.
+    fn transport(self) -> &'static str {
+        match self {
+            Self::Qemu => "virtio_pci",
+            Self::Uml => "virtio_uml",
+        }
+    }
 
     /// The terminal that carries the channel.
     fn channel(self) -> &'static str {
@@ -112,19 +120,42 @@ impl Default for NetOptions {
     }
 }
 
+/// How a guest attaches a shared directory. Its tag is the daemon's matter.
+#[derive(Debug, Clone, Copy)]
+pub struct NinepOptions {
+    /// Its request queues. Linux uses one.
+    pub num_queues: u16,
+    /// The descriptors of a queue. Linux puts up to 128 of them into a request, or one that refers to a table.
+    pub queue_size: u16,
+    /// The bytes of the configuration that the guest may read: the length of the tag, and the tag.
+    pub config_size: u16,
+}
+
+impl Default for NinepOptions {
+    fn default() -> Self {
+        Self { num_queues: 1, queue_size: 256, config_size: 64 }
+    }
+}
+
 /// A device of a guest.
 #[derive(Debug, Clone)]
 enum Device {
     Blk { socket: PathBuf, options: BlkOptions },
     Net { socket: PathBuf, options: NetOptions },
+    Ninep { socket: PathBuf, options: NinepOptions },
+    NinepInProcess { path: PathBuf, tag: String, security_model: &'static str },
+    Virtiofs { socket: PathBuf, tag: String },
+    Debian,
 }
 
 impl Device {
-    /// The guest's driver.
-    fn module(&self) -> &'static str {
+    /// The guest's drivers.
+    fn modules(&self) -> &'static [&'static str] {
         match self {
-            Self::Blk { .. } => "virtio_blk",
-            Self::Net { .. } => "virtio_net",
+            Self::Blk { .. } | Self::Debian => &["virtio_blk"],
+            Self::Net { .. } => &["virtio_net"],
+            Self::Ninep { .. } | Self::NinepInProcess { .. } => &["9pnet_virtio", "9p"],
+            Self::Virtiofs { .. } => &["virtiofs"],
         }
     }
 }
@@ -133,6 +164,7 @@ impl Device {
 #[derive(Debug, Clone)]
 pub struct Guest {
     vmm: Vmm,
+    kernel: Series,
     memory_mib: u32,
     cpus: u32,
     devices: Vec<Device>,
@@ -142,6 +174,7 @@ pub struct Guest {
     script: String,
     timeout: Duration,
     may_reboot: bool,
+    new_root: Option<String>,
 }
 
 impl Guest {
@@ -149,6 +182,7 @@ impl Guest {
     pub fn new(vmm: Vmm) -> Self {
         Self {
             vmm,
+            kernel: Series::default(),
             memory_mib: 256,
             cpus: 1,
             devices: Vec::new(),
@@ -158,7 +192,15 @@ impl Guest {
             script: String::new(),
             timeout: Duration::from_secs(120),
             may_reboot: false,
+            new_root: None,
         }
+    }
+
+    /// Sets which kernel runs in QEMU. User Mode Linux is a kernel itself.
+    #[must_use]
+    pub fn kernel(mut self, series: Series) -> Self {
+        self.kernel = series;
+        self
     }
 
     /// Sets the size of its memory.
@@ -187,6 +229,42 @@ impl Guest {
     pub fn net(mut self, socket: impl Into<PathBuf>, options: NetOptions) -> Self {
         self.devices.push(Device::Net { socket: socket.into(), options });
         self
+    }
+
+    /// Attaches the shared directory of the daemon that listens at `socket`. Only QEMU can: Debian's User Mode Linux has
+    /// no 9p over virtio.
+    #[must_use]
+    pub fn ninep(mut self, socket: impl Into<PathBuf>, options: NinepOptions) -> Self {
+        self.devices.push(Device::Ninep { socket: socket.into(), options });
+        self
+    }
+
+    /// Shares `path` by QEMU itself, under `tag`: what the daemon is compared with. The security models are QEMU's:
+    /// `passthrough` (needs root), `mapped-xattr`, `mapped-file` and `none`.
+    #[must_use]
+    pub fn ninep_in_process(
+        mut self,
+        path: impl Into<PathBuf>,
+        tag: &str,
+        security_model: &'static str,
+    ) -> Self {
+        self.devices.push(Device::NinepInProcess { path: path.into(), tag: tag.to_owned(), security_model });
+        self
+    }
+
+    /// Attaches the shared directory of a virtiofs daemon, such as virtiofsd, under `tag`. Only QEMU can.
+    #[must_use]
+    pub fn virtiofs(mut self, socket: impl Into<PathBuf>, tag: &str) -> Self {
+        self.devices.push(Device::Virtiofs { socket: socket.into(), tag: tag.to_owned() });
+        self
+    }
+
+    /// Adds a whole Debian, on a disk that QEMU itself serves read-only. The script mounts it by `debian_up`, and runs
+    /// programs in it by `debian`.
+    #[must_use]
+    pub fn debian(mut self) -> Self {
+        self.devices.push(Device::Debian);
+        self.module("crc32c_generic").module("ext4")
     }
 
     /// Loads a kernel module, besides those of the devices. `ext4` and the like; built-in ones are fine.
@@ -238,6 +316,14 @@ impl Guest {
         self
     }
 
+    /// Lets the system in this folder take over when the script has succeeded, as the root's `/sbin/init`; the guest is that
+    /// system's then, and what it does is seen by [`Running::wait_for_text`] and [`Running::wait_power_off`].
+    #[must_use]
+    pub fn new_root(mut self, folder: &str) -> Self {
+        self.new_root = Some(folder.to_owned());
+        self
+    }
+
     /// Boots it and waits for its end. A script that fails is a report too: see [`Report::check`]. A guest that
     /// panics, hangs or ends without a word is an error.
     pub fn run(self) -> Result<Report> {
@@ -254,7 +340,7 @@ impl Guest {
         let scratch = TempDir::with_prefix("guest-").context("Cannot make a temporary folder")?;
         let (command, initramfs) = match self.vmm {
             Vmm::Qemu => {
-                let kernel = provision::kernel()?;
+                let kernel = provision::kernel(self.kernel)?;
                 let initramfs = initramfs_of(&self, &kernel.modules)?;
                 (qemu::command(&self, &kernel, initramfs.path())?, initramfs)
             }
@@ -275,7 +361,8 @@ fn initramfs_of(guest: &Guest, modules: &Modules) -> Result<NamedTempFile> {
     for name in &guest.programs {
         archive.program(&provision::program(name)?)?;
     }
-    let mut names: Vec<&str> = guest.devices.iter().map(Device::module).collect();
+    let mut names: Vec<&str> = vec![guest.vmm.transport()];
+    names.extend(guest.devices.iter().flat_map(|device| device.modules().iter().copied()));
     names.extend(guest.modules.iter().map(String::as_str));
     archive.modules(&modules.in_load_order(names)?)?;
     let limit = (guest.timeout + WATCHDOG_GRACE).as_secs();
@@ -283,6 +370,9 @@ fn initramfs_of(guest: &Guest, modules: &Modules) -> Result<NamedTempFile> {
     for name in guest.programs.iter().filter(|name| is_shell_name(name)) {
         // Busybox prefers its own command of that name to the path.
         settings.extend([name, "() { /usr/bin/", name, " \"$@\"; }\n"]);
+    }
+    if let Some(folder) = &guest.new_root {
+        settings.extend(["export NEW_ROOT=", folder, "\n"]);
     }
     archive.file("init", 0o755, include_bytes!("init.sh"))?;
     archive.file("guest/settings", 0o644, settings.as_bytes())?;

@@ -5,12 +5,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Device, Guest, NetOptions, Vmm, initramfs_of};
+use super::{Device, Guest, NetOptions, NinepOptions, Vmm, initramfs_of};
 use crate::process::Process;
 use crate::provision::{self, Kernel, Qemu};
 
 /// A kernel that KVM runs boots in a second or two.
 const PROBE_LIMIT: Duration = Duration::from_secs(10);
+
+/// Virtio's number for shared directories.
+const NINEP: u32 = 9;
 
 /// The command that runs `guest`. Its channel is standard input and output, its console standard error.
 pub(super) fn command(guest: &Guest, kernel: &Kernel, initramfs: &Path) -> Result<Command> {
@@ -33,6 +36,30 @@ pub(super) fn command(guest: &Guest, kernel: &Kernel, initramfs: &Path) -> Resul
                     .arg(format!("vhost-user,id={id}-net,chardev={id},queues={}", options.queue_pairs));
                 command.arg("-device").arg(net_device(&id, options));
             }
+            Device::Ninep { socket, options } => {
+                command.arg("-chardev").arg(chardev(&id, socket, None)?);
+                command.arg("-device").arg(ninep_device(&id, *options));
+            }
+            Device::NinepInProcess { path, tag, security_model } => {
+                let path = text(path)?;
+                command.arg("-fsdev").arg(format!(
+                    "local,id={id},path={},security_model={security_model},multidevs=remap",
+                    escape(path)
+                ));
+                command.arg("-device").arg(format!("virtio-9p-pci,fsdev={id},mount_tag={}", escape(tag)));
+            }
+            Device::Virtiofs { socket, tag } => {
+                command.arg("-chardev").arg(chardev(&id, socket, None)?);
+                command.arg("-device").arg(format!("vhost-user-fs-pci,chardev={id},tag={}", escape(tag)));
+            }
+            Device::Debian => {
+                let debian = provision::debian()?;
+                command.arg("-drive").arg(format!(
+                    "file={},format=raw,if=none,id={id},readonly=on,file.locking=off",
+                    escape(text(&debian.image)?)
+                ));
+                command.arg("-device").arg(format!("virtio-blk-pci,drive={id},serial=debian"));
+            }
         }
     }
     Ok(command)
@@ -40,9 +67,23 @@ pub(super) fn command(guest: &Guest, kernel: &Kernel, initramfs: &Path) -> Resul
 
 /// A `-chardev` that connects to a daemon.
 fn chardev(id: &str, socket: &Path, reconnect: Option<Duration>) -> Result<String> {
-    let socket = socket.to_str().with_context(|| format!("QEMU cannot use {}", socket.display()))?;
+    let socket = text(socket)?;
     let reconnect = reconnect.map(|interval| format!(",reconnect-ms={}", interval.as_millis()));
     Ok(format!("socket,id={id},path={}{}", escape(socket), reconnect.unwrap_or_default()))
+}
+
+/// A path as a word of QEMU's options.
+fn text(path: &Path) -> Result<&str> {
+    path.to_str().with_context(|| format!("QEMU cannot use {}", path.display()))
+}
+
+/// A `-device` for a daemon of a kind that QEMU has no device of its own for: virtio's number says what it is.
+fn ninep_device(id: &str, options: NinepOptions) -> String {
+    let NinepOptions { num_queues, queue_size, config_size } = options;
+    format!(
+        "vhost-user-test-device-pci,chardev={id},virtio-id={NINEP},num_vqs={num_queues},vq_size={queue_size},\
+         config_size={config_size}"
+    )
 }
 
 /// A `-device` of a network interface. Its boot ROM is not part of the cached QEMU.

@@ -111,6 +111,36 @@ impl Running {
         Err(self.failure(&format!("did not announce {text:?}"), deadline))
     }
 
+    /// Waits until `text` is in what the channel carried after the first `start` bytes, and returns the length of all up
+    /// to its end. For a system that took over by [`super::Guest::new_root`].
+    pub fn wait_for_text(&mut self, start: usize, text: &str, limit: Duration) -> Result<usize> {
+        let deadline = self.deadline.min(Instant::now() + limit);
+        let find = |bytes: &[u8]| {
+            let after = bytes.get(start..)?;
+            let at = after.windows(text.len()).position(|window| window == text.as_bytes())?;
+            Some(start + at + text.len())
+        };
+        match self.process.stdout().wait_until(deadline, find) {
+            Some(length) => Ok(length),
+            None => Err(self.failure(&format!("did not say {text:?}"), deadline)),
+        }
+    }
+
+    /// What the channel carried from `start` to `end`.
+    pub fn text(&self, start: usize, end: usize) -> String {
+        let bytes = self.process.stdout().bytes_from(start);
+        String::from_utf8_lossy(&bytes[..end.saturating_sub(start).min(bytes.len())]).into_owned()
+    }
+
+    /// Waits until a system that took over has powered the guest off, and returns its console.
+    pub fn wait_power_off(mut self) -> Result<String> {
+        let deadline = self.deadline;
+        if self.process.wait(deadline.saturating_duration_since(Instant::now()))?.is_none() {
+            return Err(self.failure("did not power off", deadline));
+        }
+        Ok(self.console())
+    }
+
     /// Sends a line to the script, which gets it by `await` or `read`.
     pub fn send(&mut self, line: &str) -> Result<()> {
         let stdin = self.stdin.as_mut().context("The guest's input is closed")?;

@@ -5,7 +5,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::fs::StatVfsMountFlags;
 
 use super::{Device, Guest};
@@ -52,6 +52,14 @@ pub(super) fn command(guest: &Guest, uml: &Uml, initramfs: &Path, scratch: &Path
                     "User Mode Linux knows no options of a network interface; tell the daemon"
                 );
                 command.arg(format!("virtio_uml.device={}:{NET}", word(socket)?));
+            }
+            Device::Ninep { .. }
+            | Device::NinepInProcess { .. }
+            | Device::Virtiofs { .. }
+            | Device::Debian => {
+                bail!(
+                    "Debian's User Mode Linux has no 9p over virtio, and no devices of QEMU; ask QEMU for them"
+                )
             }
         }
     }

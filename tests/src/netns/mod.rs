@@ -105,6 +105,13 @@ impl Namespace {
             .then(END_WITH_PARENT)
     }
 
+    /// How programs enter its network alone, with all the rights on the host's files that whoever runs the tests has.
+    /// Only root can.
+    pub fn network(&self) -> Entry {
+        let pid = self.holder.pid();
+        Entry::default().then(["nsenter", "--target", &pid.to_string(), "--net", "--"]).then(END_WITH_PARENT)
+    }
+
     /// A command that runs `program` of the host inside, as root.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         self.root().wrap(&Command::new(program))

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::cache::{Cache, progress};
-use super::table::{Component, SUITES};
+use super::table::{Component, SUITES, TESTING};
 use super::{find_in_path, sources};
 use crate::process::{self, Process};
 
@@ -82,6 +82,8 @@ impl Apt {
         let sources = debian.sources_list();
         let changed = fs::read_to_string(apt.folder.join("sources.list")).ok().as_ref() != Some(&sources);
         apt.write("sources.list", &sources)?;
+        // It counts only where a row names it, and not for what a row of an older suite depends on.
+        apt.write("preferences", &format!("Package: *\nPin: release n={TESTING}\nPin-Priority: 50\n"))?;
         apt.write("apt.conf", &apt.configuration()?)?;
         if changed || apt.lists_age().is_none_or(|age| age > LISTS_AGE_LIMIT) {
             apt.update()?;
@@ -115,7 +117,7 @@ Dir::Cache::pkgcache "pkgcache.bin";
 Dir::Cache::srcpkgcache "";
 Dir::Etc::sourcelist "{folder}/sources.list";
 Dir::Etc::sourceparts "/dev/null";
-Dir::Etc::preferences "/dev/null";
+Dir::Etc::preferences "{folder}/preferences";
 Dir::Etc::preferencesparts "{folder}/empty";
 APT::Architecture "amd64";
 #clear APT::Architectures;
@@ -249,7 +251,7 @@ fn size_of_files(folder: &Path) -> u64 {
 }
 
 /// The downloaded packages.
-fn archives_in(folder: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn archives_in(folder: &Path) -> Result<Vec<PathBuf>> {
     let list = || -> std::io::Result<Vec<PathBuf>> {
         fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect()
     };
@@ -294,8 +296,14 @@ pub(super) fn unpack(archives: &Path, root: &Path) -> Result<()> {
         merge().with_context(|| format!("Cannot make {folder} in {}", root.display()))?;
     }
     for archive in archives_in(archives)? {
-        let mut command = Command::new("dpkg-deb");
-        command.arg("--extract").arg(&archive).arg(root);
+        // Not `dpkg-deb --extract`, which would put a folder in the place of such a link.
+        let mut command = Command::new("sh");
+        command.args([
+            "-c",
+            "dpkg-deb --fsys-tarfile \"$1\" | tar -xp --keep-directory-symlink -C \"$2\"",
+            "sh",
+        ]);
+        command.arg(&archive).arg(root);
         process::run(command, UNPACK_LIMIT)
             .with_context(|| format!("Cannot unpack {}", archive.display()))?;
     }

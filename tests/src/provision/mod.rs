@@ -12,6 +12,8 @@
 //! | `VHOST_USER_TEST_QEMU` | `qemu-system-x86_64`, 11.1 or newer |
 //! | `VHOST_USER_TEST_KERNEL` | an x86-64 kernel: a bzImage, or a vmlinux with PVH |
 //! | `VHOST_USER_TEST_MODULES` | its `/lib/modules/VERSION`; without it all drivers count as built in |
+//! | `VHOST_USER_TEST_OLD_KERNEL` | a kernel of an older series (6.1) |
+//! | `VHOST_USER_TEST_OLD_MODULES` | its modules, likewise |
 //! | `VHOST_USER_TEST_UML` | a User Mode Linux |
 //! | `VHOST_USER_TEST_UML_MODULES` | its modules; without it all drivers count as built in |
 //! | `VHOST_USER_TEST_BUSYBOX` | a busybox |
@@ -21,6 +23,8 @@
 mod apt;
 mod bzimage;
 mod cache;
+mod crates;
+mod debian;
 mod modules;
 mod program;
 mod sources;
@@ -34,6 +38,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
+pub use self::crates::c_source;
+pub use self::debian::{DebianRoot, PASSWORD, debian};
 pub use self::modules::{Module, Modules};
 pub use self::program::Program;
 
@@ -60,6 +66,7 @@ impl Qemu {
     pub fn system(&self) -> Command {
         let mut command = self.system.command();
         if let Some(root) = &self.root {
+            command.env("QEMU_MODULE_DIR", modules_of_qemu(root));
             for folder in ["usr/share/qemu", "usr/share/seabios"] {
                 command.arg("-L").arg(root.join(folder));
             }
@@ -84,9 +91,14 @@ impl Qemu {
             return Ok(Command::new(path));
         };
         let mut command = Program::in_root(root, name)?.command();
-        command.env("QEMU_MODULE_DIR", root.join("usr/lib/x86_64-linux-gnu/qemu"));
+        command.env("QEMU_MODULE_DIR", modules_of_qemu(root));
         Ok(command)
     }
+}
+
+/// Where the parts of QEMU lie that it loads when they are asked for.
+fn modules_of_qemu(root: &Path) -> PathBuf {
+    root.join("usr/lib/x86_64-linux-gnu/qemu")
 }
 
 /// A kernel for a QEMU guest.
@@ -126,15 +138,45 @@ pub fn qemu() -> Result<Qemu> {
     }
 }
 
-/// A kernel for [`qemu`].
-pub fn kernel() -> Result<Kernel> {
-    if let Some(image) = variable("VHOST_USER_TEST_KERNEL")? {
-        return Ok(Kernel { image, modules: modules_of_variable("VHOST_USER_TEST_MODULES")? });
+/// The series of a kernel for [`qemu`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Series {
+    /// That of Debian's stable release, 6.12.
+    #[default]
+    Stable,
+    /// That of the release before, 6.1.
+    OldStable,
+}
+
+impl Series {
+    /// Both of them.
+    pub const ALL: [Self; 2] = [Self::Stable, Self::OldStable];
+
+    /// The environment variables that name a kernel of this series, and its modules.
+    fn variables(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Stable => ("VHOST_USER_TEST_KERNEL", "VHOST_USER_TEST_MODULES"),
+            Self::OldStable => ("VHOST_USER_TEST_OLD_KERNEL", "VHOST_USER_TEST_OLD_MODULES"),
+        }
     }
-    let debian = Debian::detect().map_err(|why| {
-        why.context("No kernel for the guests: set VHOST_USER_TEST_KERNEL (and VHOST_USER_TEST_MODULES)")
-    })?;
-    let folder = fetch(&debian, &table::KERNEL, &table::KERNEL_MODULES, |full, slim, _| {
+
+    fn component(self) -> &'static Component {
+        match self {
+            Self::Stable => &table::KERNEL,
+            Self::OldStable => &table::OLD_KERNEL,
+        }
+    }
+}
+
+/// A kernel for [`qemu`].
+pub fn kernel(series: Series) -> Result<Kernel> {
+    let (image, modules) = series.variables();
+    if let Some(image) = variable(image)? {
+        return Ok(Kernel { image, modules: modules_of_variable(modules)? });
+    }
+    let debian = Debian::detect()
+        .map_err(|why| why.context(format!("No kernel for the guests: set {image} (and {modules})")))?;
+    let folder = fetch(&debian, series.component(), &table::KERNEL_MODULES, |full, slim, _| {
         let image = only_entry(&full.join("boot"), "vmlinuz-")?;
         let bytes = fs::read(&image).with_context(|| format!("Cannot read {}", image.display()))?;
         let kernel = bzimage::extract(&bytes).with_context(|| format!("Cannot use {}", image.display()))?;
@@ -175,6 +217,9 @@ pub fn busybox() -> Result<Program> {
 
 /// A program for a guest that `table` knows, or on a host that is not Debian, that the host has.
 pub fn program(name: &str) -> Result<Program> {
+    if crates::has(name) {
+        return Program::in_root(&crates::root()?, name);
+    }
     let component = table::PROGRAMS.iter().find(|component| component.programs.contains(&name));
     let component =
         component.with_context(|| format!("No package in the table of programs has {name}; add one"))?;
@@ -185,6 +230,16 @@ pub fn program(name: &str) -> Result<Program> {
 pub fn testpmd() -> Result<Command> {
     // Not by its own option `-d`, which refuses a cache below a folder such as /tmp.
     Ok(program("dpdk-testpmd")?.command_with(table::DPDK.plugins))
+}
+
+/// An NFS server and where its file system drivers lie (`Plugins_Dir` of its configuration).
+pub fn nfs_server() -> Result<(Command, PathBuf)> {
+    let program = program("ganesha.nfsd")?;
+    let plugins = match program.own_libraries() {
+        Some(libraries) => libraries.join("ganesha"),
+        None => "/usr/lib/ganesha".into(),
+    };
+    Ok((program.command(), plugins))
 }
 
 fn packaged(component: &Component, name: &str, remedy: &str) -> Result<Program> {

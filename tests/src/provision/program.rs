@@ -12,6 +12,8 @@ use crate::process;
 const LIST_LIMIT: Duration = Duration::from_secs(60);
 /// Where a Debian package's libraries and the loader lie.
 const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
+/// Where a package may have libraries of its own besides.
+const OWN_LIBRARIES: [&str; 1] = ["usr/lib/ganesha"];
 const LOADER: &str = "ld-linux-x86-64.so.2";
 
 /// A program and what it loads when it starts.
@@ -30,7 +32,8 @@ pub struct Program {
 impl Program {
     /// The program `name` of an unpacked root.
     pub(super) fn in_root(root: &Path, name: &str) -> Result<Self> {
-        let path = ["usr/bin", "usr/sbin"].into_iter().map(|folder| root.join(folder).join(name));
+        let path =
+            ["usr/bin", "usr/sbin", "usr/libexec"].into_iter().map(|folder| root.join(folder).join(name));
         let path = path
             .clone()
             .find(|path| path.exists())
@@ -69,7 +72,7 @@ impl Program {
     }
 
     /// The folder of the libraries that came with it; `None` for a program of the host.
-    fn own_libraries(&self) -> Option<&Path> {
+    pub(super) fn own_libraries(&self) -> Option<&Path> {
         if self.of_host { None } else { self.loader.as_deref().and_then(Path::parent) }
     }
 
@@ -149,7 +152,9 @@ fn list_libraries(root: &Path, loader: &Path, object: &Path) -> Result<Vec<PathB
     let mut command = Command::new(loader);
     // The host's preloads and paths are for the host's C library.
     command.env_remove("LD_PRELOAD").env_remove("LD_LIBRARY_PATH");
-    command.arg("--library-path").arg(root.join(LIBRARIES)).arg("--list").arg(object);
+    let folders = [LIBRARIES].into_iter().chain(OWN_LIBRARIES).map(|folder| root.join(folder));
+    let path = std::env::join_paths(folders).with_context(|| format!("Cannot use {}", root.display()))?;
+    command.arg("--library-path").arg(path).arg("--list").arg(object);
     let output = process::run(command, LIST_LIMIT)
         .with_context(|| format!("Cannot list the shared libraries of {}", object.display()))?;
     Ok(parse_libraries(&String::from_utf8_lossy(&output.stdout)))

@@ -4,9 +4,15 @@
 const STABLE: &str = "trixie";
 /// Newer versions built for the stable release, so their libraries are still those of [`STABLE`].
 const BACKPORTS: &str = "trixie-backports";
+/// What becomes the next stable release: for rows that neither of the others can serve. Its packages come with a C
+/// library of their own.
+pub(super) const TESTING: &str = "forky";
+
+/// The release before: its kernel is the second one that the guests run.
+const OLD_STABLE: &str = "bookworm";
 
 /// All suites of the table; the private apt instance knows no others.
-pub(super) const SUITES: [&str; 2] = [STABLE, BACKPORTS];
+pub(super) const SUITES: [&str; 4] = [STABLE, BACKPORTS, OLD_STABLE, TESTING];
 
 /// Something that is fetched, unpacked and cached as a whole.
 #[derive(Debug, Clone, Copy)]
@@ -46,7 +52,8 @@ const PLAIN: Component = Component {
 
 /// QEMU 11.1 is the first whose generic device (`vhost-user-test-device-pci`) can be created by a user, and stable
 /// has 10.0. qemu-img and qemu-io come along as reference front ends (`driver=virtio-blk-vhost-user`); the other
-/// block drivers of qemu-block-extra would pull in a whole Ceph.
+/// block drivers of qemu-block-extra would pull in a whole Ceph. The accelerator "qtest" lets a program drive a device
+/// without a guest.
 pub(super) const QEMU: Component = Component {
     name: "qemu",
     suite: BACKPORTS,
@@ -55,7 +62,7 @@ pub(super) const QEMU: Component = Component {
     current: None,
     minimum: Some(("qemu-system-x86", "1:11.1")),
     programs: &["qemu-system-x86_64", "qemu-img", "qemu-io"],
-    plugins: &["qemu/block-blkio.so"],
+    plugins: &["qemu/block-blkio.so", "qemu/accel-qtest.so"],
     files: &[
         "usr/share/qemu/kvmvapic.bin",
         "usr/share/qemu/linuxboot_dma.bin",
@@ -75,17 +82,31 @@ pub(super) const KERNEL: Component = Component {
     ..PLAIN
 };
 
+/// The generic kernel of the release before. Its file systems do their I/O in another way (without netfs), and nearly
+/// all of virtio is modules.
+pub(super) const OLD_KERNEL: Component = Component {
+    name: "old-kernel",
+    suite: OLD_STABLE,
+    bare: &["linux-image-amd64"],
+    current: Some(("linux-image-amd64", "linux-image-")),
+    minimum: Some(("linux-image-amd64", "6.1")),
+    ..PLAIN
+};
+
 /// The modules that the QEMU guest's kernel is kept with, besides those that they depend on.
-pub(super) const KERNEL_MODULES: [&str; 9] = [
+pub(super) const KERNEL_MODULES: [&str; 12] = [
     "8021q",
     "9p",
     "9pnet_virtio",
     "crc32c_generic",
     "ext4",
+    "nfsv4",
     "virtio_balloon",
     "virtio_blk",
     "virtio_mmio",
     "virtio_net",
+    "virtio_pci",
+    "virtiofs",
 ];
 
 /// User Mode Linux of the stable release, the same kernel series as the QEMU guest's.
@@ -115,7 +136,7 @@ pub(super) const BUSYBOX: Component =
     Component { name: "busybox", bare: &["busybox-static"], programs: &["busybox"], ..PLAIN };
 
 /// Programs of guests and of the namespaces around them. A new row is all that a new program needs.
-pub(super) const PROGRAMS: [Component; 5] = [
+pub(super) const PROGRAMS: [Component; 8] = [
     Component {
         name: "e2fsprogs",
         packages: &["e2fsprogs"],
@@ -123,6 +144,7 @@ pub(super) const PROGRAMS: [Component; 5] = [
         ..PLAIN
     },
     Component { name: "fdisk", packages: &["fdisk"], programs: &["sfdisk"], ..PLAIN },
+    Component { name: "util-linux", packages: &["util-linux"], programs: &["flock"], ..PLAIN },
     // One row, because each would bring the same C library along.
     Component {
         name: "network",
@@ -135,6 +157,16 @@ pub(super) const PROGRAMS: [Component; 5] = [
     // From the backports, because passt changes fast and the stable release has the one of May 2025.
     Component { name: "passt", suite: BACKPORTS, packages: &["passt"], programs: &["passt"], ..PLAIN },
     DPDK,
+    NFS_SERVER,
+    // Stable has 1.13, and the backports have none.
+    Component {
+        name: "virtiofsd",
+        suite: TESTING,
+        packages: &["virtiofsd"],
+        minimum: Some(("virtiofsd", "1.14")),
+        programs: &["virtiofsd"],
+        ..PLAIN
+    },
 ];
 
 /// DPDK's test program with the drivers that the tests use. The program's own package depends on compilers' headers
@@ -173,3 +205,80 @@ pub(super) const DPDK: Component = Component {
     ],
     ..PLAIN
 };
+
+/// A server of NFS that is a program like any other. That of the stable release does not start without a configuration of
+/// name services in `/etc`.
+pub(super) const NFS_SERVER: Component = Component {
+    name: "nfs-ganesha",
+    suite: BACKPORTS,
+    packages: &["nfs-ganesha", "nfs-ganesha-vfs"],
+    minimum: Some(("nfs-ganesha", "9")),
+    programs: &["ganesha.nfsd"],
+    plugins: &["ganesha/libfsalvfs.so"],
+    ..PLAIN
+};
+
+/// A program of crates.io.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Crate {
+    /// The crate's name, and the program's.
+    pub(super) name: &'static str,
+    pub(super) version: &'static str,
+}
+
+/// Exercisers of file systems that no Debian package has.
+pub(super) const EXERCISERS: [Crate; 2] =
+    [Crate { name: "pjdfstest", version: "0.2.2" }, Crate { name: "fsx", version: "0.3.2" }];
+
+/// A whole Debian: guests boot from it, and the programs that need more than a library or two run in it.
+///
+/// All of it is listed, down to what every Debian has: apt counts nothing as installed.
+pub(super) const DEBIAN: Component = Component {
+    name: "debian",
+    packages: &[
+        // What boots and lets somebody log in and install packages.
+        "base-files",
+        "base-passwd",
+        "bash",
+        "coreutils",
+        "dash",
+        "debianutils",
+        "diffutils",
+        "dpkg",
+        "findutils",
+        "grep",
+        "gzip",
+        "hostname",
+        "libc-bin",
+        "libpam-modules",
+        "libpam-runtime",
+        "login",
+        "mawk",
+        "mount",
+        "ncurses-base",
+        "passwd",
+        "perl-base",
+        "sed",
+        "systemd-sysv",
+        "sysvinit-utils",
+        "tar",
+        "util-linux",
+        // What the suites run.
+        "acl",
+        "attr",
+        "dbench",
+        "fio",
+        "gcc",
+        "git",
+        "libc6-dev",
+        "make",
+        "python3",
+    ],
+    ..PLAIN
+};
+
+/// What a guest that runs [`DEBIAN`] installs: it depends on nothing but the C library, and has files of its own.
+pub(super) const INSTALLED: Component = Component { name: "installed", bare: &["hello"], ..PLAIN };
+
+/// A crate that brings a C library along: a source tree to unpack and build, in its folder `src/zlib`.
+pub(super) const SOURCE: Crate = Crate { name: "libz-sys", version: "1.1.22" };
