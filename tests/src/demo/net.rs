@@ -63,7 +63,7 @@ impl Chapter for Net {
     }
 
     fn attach(&self, guest: Guest) -> Guest {
-        let guest = guest.net(self.switch.socket(), NetOptions::default());
+        let guest = guest.net(self.switch.socket(), on_switch(self.vmm, 1));
         let Some((daemon, _)) = &self.way_out else { return guest };
         // QEMU does not ask the daemon.
         let mtu = (self.vmm == Vmm::Qemu).then_some(MTU);
@@ -86,7 +86,7 @@ impl Chapter for Net {
             follow_outside(guest, outside)?;
         }
         wait(guest, "net ready")?;
-        let second = Guest::new(self.vmm).net(&self.switch.sockets()[1], NetOptions::default());
+        let second = Guest::new(self.vmm).net(&self.switch.sockets()[1], on_switch(self.vmm, 2));
         let mut second = second.timeout(super::SHELL_LIMIT).script(include_str!("neighbour.sh")).spawn()?;
         wait(&mut second, "ready")?;
         say("switch", "a second guest is up; both have an eth0 on the switch");
@@ -127,6 +127,12 @@ impl Chapter for Net {
         }
         Ok(())
     }
+}
+
+/// The interface of the guest with this number on the switch: QEMU would give the same address to each guest.
+fn on_switch(vmm: Vmm, number: u8) -> NetOptions {
+    let mac = (vmm == Vmm::Qemu).then_some([0x52, 0x54, 0, 0, 0, number]);
+    NetOptions { mac, ..NetOptions::default() }
 }
 
 /// Tells how the guest gets its address from passt, and reaches the server.
