@@ -77,7 +77,8 @@ fn check(share: &Share, client: &mut Client, index: usize, fid: u32, path: &str)
     Ok(())
 }
 
-/// Everything works through fids whose descriptors were closed long ago.
+/// Everything works through fids whose descriptors were closed long ago, and are closed meanwhile (CVE-2021-20181: a server
+/// that closed what was in use).
 fn old_fids_work(user: User) -> Result<()> {
     with_fids(user, |share, client, fids| {
         for (index, fid) in fids.iter().enumerate() {

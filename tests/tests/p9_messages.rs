@@ -709,6 +709,7 @@ fn a_getlock_for_nothing_is_answered() -> Result<()> {
     Ok(())
 }
 
+/// CVE-2026-63318 among them: a file that is opened for reading, and cut.
 #[test]
 fn a_read_only_share_is_never_changed() -> Result<()> {
     let share = Share::new(["--read-only"])?;
