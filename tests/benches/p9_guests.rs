@@ -323,7 +323,8 @@ impl Servers {
             Ok(path)
         };
         let chosen = |name: &str| args.only.is_empty() || args.only.iter().any(|text| name.contains(text));
-        let ours = chosen(OURS).then(|| {
+        let any_of_ours = args.caches.iter().any(|cache| chosen(&format!("{OURS} {cache}")));
+        let ours = any_of_ours.then(|| {
             let ours = Daemon::builder("vhost-user-9p").arg("--shared-dir").arg(share("ours")?);
             ours.args(["--tag", TAG]).args(args.flags.split_whitespace()).start()
         });
