@@ -217,14 +217,4 @@ impl Fids {
         let fids = std::mem::take(&mut *self.lock());
         drop(fids);
     }
-
-    /// How many there are.
-    pub fn len(&self) -> usize {
-        self.lock().len()
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.lock().is_empty()
-    }
 }

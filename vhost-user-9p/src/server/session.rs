@@ -87,19 +87,9 @@ impl Session {
         }
     }
 
-    /// The server.
-    pub fn server(&self) -> &Arc<Server> {
-        &self.server
-    }
-
     /// The message size agreed on; 0 before there is one.
     pub fn msize(&self) -> u32 {
         self.msize.load(Ordering::Relaxed)
-    }
-
-    /// Number of fids.
-    pub fn num_fids(&self) -> usize {
-        self.fids.len()
     }
 
     /// The bytes that I/O is best done in: what fits a message, in whole pages.
@@ -316,7 +306,7 @@ impl Session {
         self.fids.clear();
     }
 
-    /// The fid by which a request acts, with the group that it gives.
+    /// Whom a request acts for: the user of its fid, with the group that it gives.
     pub(super) fn caller(fid: &Fid, gid: u32) -> Caller {
         Caller { uid: fid.uid, gid }
     }
