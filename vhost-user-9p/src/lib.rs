@@ -17,7 +17,6 @@
 //! chain back. `protocol`, `server` and `host` know nothing of virtio.
 
 pub mod args;
-mod bell;
 pub mod config;
 pub mod device;
 pub mod host;

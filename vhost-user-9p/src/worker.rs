@@ -17,7 +17,6 @@ use std::time::Duration;
 use rustix::io::Errno;
 use vhost_user_daemon::{Progress, SharedRing, Source, Worker, warn_limited};
 
-use crate::bell::Bell;
 use crate::host::OpenFile;
 use crate::host::lock::{LockRequest, MAX_WAITERS, WaitId, Waiters};
 use crate::pool::Pool;
@@ -26,6 +25,7 @@ use crate::server::place::place;
 use crate::server::session::decode_errno;
 use crate::server::{Outcome, Place, Session, reply_lock};
 use crate::task::{Done, Task, Work, reply_size};
+use vhost_user_daemon::bell::Bell;
 
 /// Chains taken at a time: the client works on the first replies while the worker is at the next requests.
 const BATCH: usize = 8;

@@ -132,6 +132,7 @@ impl<D: Device> Backend<D> {
         inflight: SharedInflight,
     ) -> io::Result<Self> {
         device.reset();
+        device.connected();
         let (num_queues, queues_per_worker) = (device.num_queues(), device.queues_per_worker());
         let groups = (0..num_queues.div_ceil(queues_per_worker))
             .map(|index| {
@@ -194,6 +195,7 @@ impl<D: Device> Backend<D> {
 
     /// Gives up what the front end that is gone held by the device: nobody may come after it for long.
     pub fn forget(&self) {
+        self.device.disconnected();
         self.device.reset();
     }
 

@@ -20,7 +20,7 @@ use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F
 pub use self::source::Source;
 use crate::dirty::DirtyLog;
 use crate::file_io::{preadv, pwritev};
-use crate::memory::{Memory, host_ptr, host_range};
+use crate::memory::{Memory, guest_address, host_ptr, host_range};
 
 /// Buffers that one chain may have: what `preadv` and `pwritev` take in one call (`UIO_MAXIOV`).
 pub const MAX_SEGMENTS: usize = 1024;
@@ -264,6 +264,16 @@ impl Chain {
     /// What is left of the device-writable part, as iovecs into guest memory.
     pub fn writable(&self) -> &[iovec] {
         &self.segments[self.readable_end..]
+    }
+
+    /// Guest addresses and lengths of what is left of the device-writable part: of the segments that
+    /// [`Chain::writable`] returns.
+    pub fn writable_ranges(&self) -> impl Iterator<Item = (u64, u64)> {
+        let address = |segment: &iovec| {
+            let address = guest_address(self.memory.as_ref()?, segment.iov_base.cast())?;
+            Some((address, segment.iov_len as u64))
+        };
+        self.writable().iter().filter_map(address)
     }
 
     /// Bytes left in the device-readable part.

@@ -53,7 +53,8 @@ use clap::{Arg, ArgAction, Command, CommandFactory, FromArgMatches};
 use serde::Serialize;
 
 pub use args::{
-    CommonArgs, LogLevel, MAX_QUEUE_SIZE, MAX_QUEUES, QueueArgs, QueueSizeArgs, ServiceArgs, SocketArgs,
+    CommonArgs, ControlArgs, LogLevel, MAX_QUEUE_SIZE, MAX_QUEUES, QueueArgs, QueueSizeArgs, ServiceArgs,
+    SocketArgs,
 };
 
 const PRINT_CAPABILITIES: &str = "print-capabilities";
@@ -85,6 +86,15 @@ pub enum DeviceType {
     Block,
     /// virtio-net
     Net,
+}
+
+/// Parses a size of memory: digits with one of the suffixes `k`, `M`, `G`, `T`, which are powers of 1024, as everywhere
+/// where memory is sold. `MiB` and the like mean the same.
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
+    parse_size::Config::new()
+        .with_binary()
+        .parse_size(text)
+        .map_err(|_| "write a number of bytes, or one with a suffix such as 512M or 4G".into())
 }
 
 /// The `Command` of a daemon: its own flags and those that [`parse`] answers itself. Man pages are made from it.

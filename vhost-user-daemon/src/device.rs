@@ -15,6 +15,8 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::process::Pid;
+
 use crate::ring::SharedRing;
 
 /// A virtio device behind a vhost-user socket. One object serves all connections, one after the other.
@@ -72,6 +74,19 @@ pub trait Device: Send + Sync + 'static {
     /// field that can be written, or no possible value for it; the front end is told so.
     fn write_config(&self, offset: usize, data: &[u8]) -> bool;
 
+    /// The front end is about to share `regions`: all at once, or some more. `peer` is its process, if that is known. Fails
+    /// with the reason, and the remedy, if the device cannot work with them; they are refused then.
+    fn check_memory(&self, regions: &[SharedRegion<'_>], peer: Option<Pid>) -> Result<(), String> {
+        let _ = (regions, peer);
+        Ok(())
+    }
+
+    /// A front end has connected, and the device was reset for it.
+    fn connected(&self) {}
+
+    /// The front end has left, and the device will be reset.
+    fn disconnected(&self) {}
+
     /// A front end has connected or left, or resets the device: what the last driver chose is forgotten, and what it held is
     /// given up. Nothing is in flight.
     fn reset(&self);
@@ -79,6 +94,20 @@ pub trait Device: Send + Sync + 'static {
     /// Makes worker `index` for a new connection: the one of the queues from `index * queues_per_worker()` on. It is
     /// dropped when the connection ends, after all it had in flight was completed.
     fn new_worker(self: &Arc<Self>, index: usize) -> io::Result<Self::Worker>;
+}
+
+/// A part of the guest's memory, in the file that the front end shares it by (vhost-user text, "Memory region
+/// description").
+#[derive(Clone, Copy, Debug)]
+pub struct SharedRegion<'a> {
+    /// Where the guest sees it.
+    pub guest_address: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Where it begins in `file`.
+    pub offset: u64,
+    /// What the front end mapped.
+    pub file: BorrowedFd<'a>,
 }
 
 /// Copies a configuration space, of which `bytes` is all there is, from `offset` on: what [`Device::read_config`] does.

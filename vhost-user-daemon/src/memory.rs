@@ -1,5 +1,6 @@
 //! Guest memory as the front end handed it over, and the way from a guest address to a host pointer.
 
+use std::fs::File;
 use std::sync::Arc;
 
 use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -17,6 +18,33 @@ pub type SharedMemory = GuestMemoryAtomic<Memory>;
 /// An empty memory map, as a connection has it before the front end sends one.
 pub fn empty() -> SharedMemory {
     SharedMemory::new(Memory::new())
+}
+
+/// A region of guest memory, and the file that the front end shares it by.
+#[derive(Clone, Debug)]
+pub struct MappedRegion {
+    /// Where the guest sees it.
+    pub guest_address: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Where it begins in `file`.
+    pub offset: u64,
+    /// The file.
+    pub file: Arc<File>,
+}
+
+/// The regions of `memory`, sorted by guest address.
+pub fn regions(memory: &Memory) -> impl Iterator<Item = MappedRegion> + '_ {
+    // All of them come from front ends, which share them by files.
+    memory.iter().filter_map(|region| {
+        let place = region.file_offset()?;
+        Some(MappedRegion {
+            guest_address: region.start_addr().0,
+            size: region.len(),
+            offset: place.start(),
+            file: Arc::clone(place.arc()),
+        })
+    })
 }
 
 /// A piece of guest memory, mapped here.

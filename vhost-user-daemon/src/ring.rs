@@ -132,6 +132,11 @@ impl Ring {
         queue.set_next_avail(queue.next_avail().wrapping_sub(count));
     }
 
+    /// The memory map of the moment.
+    pub fn memory(&self) -> Arc<Memory> {
+        snapshot(&self.memory)
+    }
+
     /// The log in which a device marks what it wrote to guest memory.
     pub fn dirty_log(&self) -> &DirtyLog {
         &self.log
@@ -176,7 +181,10 @@ impl Ring {
         // The front end may be exchanging a region; the worker is woken when the memory map is whole again.
         let layout = Layout::resolve(&memory, &state)?;
         let starts = self.vring.starts();
-        let resumed = starts != self.starts && layout.used_idx() != 0;
+        let start = (starts != self.starts).then(|| match layout.used_idx() {
+            0 => Start::Fresh,
+            _ => Start::Resumed,
+        });
         if starts != self.starts {
             self.starts = starts;
             self.outstanding = 0;
@@ -214,7 +222,7 @@ impl Ring {
             memory,
             layout,
             available,
-            resumed,
+            start,
             inflight: self.inflight.as_mut(),
             again: &mut self.again,
         })
@@ -329,6 +337,13 @@ fn write_notifications(log: &DirtyLog, queue: &Queue, layout: &Layout, enable: b
     }
 }
 
+/// How a ring was started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Start {
+    Fresh,
+    Resumed,
+}
+
 /// Chains that are being popped; the control plane waits meanwhile.
 pub struct Batch<'a> {
     index: usize,
@@ -337,7 +352,7 @@ pub struct Batch<'a> {
     layout: Layout,
     /// Chains that the guest had made available when the batch began.
     available: u16,
-    resumed: bool,
+    start: Option<Start>,
     outstanding: &'a mut u16,
     inflight: Option<&'a mut InflightQueue>,
     again: &'a mut VecDeque<u16>,
@@ -347,7 +362,13 @@ impl Batch<'_> {
     /// Whether the ring was just started and had been in use before: by a driver that talked to another process, or to
     /// this one before a pause, and has not set the device up anew.
     pub fn is_resumed(&self) -> bool {
-        self.resumed
+        self.start == Some(Start::Resumed)
+    }
+
+    /// Whether the ring was just started by a driver that sets the device up from nothing. (Or by one that had used it
+    /// for a multiple of 65,536 chains exactly.)
+    pub fn is_fresh(&self) -> bool {
+        self.start == Some(Start::Fresh)
     }
 
     /// Entries of the queue: the most chains that can be popped and not completed.

@@ -60,6 +60,13 @@ impl Socket {
         }
     }
 
+    /// Listens at `path` for the own user and root alone, as a [control](crate::control) socket does: its mode is 0600.
+    ///
+    /// As with [`open`](Self::open), give it to the sandbox.
+    pub fn open_private(path: &Path) -> Result<Self, SocketError> {
+        path::listen_privately(path).map(Self::Listening)
+    }
+
     /// Opens the one socket that the command line names, or takes the one that systemd passed if it names none.
     pub fn from_args(args: &SocketArgs) -> Result<Self, SocketError> {
         if let Some(path) = args.socket_path.clone() {
@@ -191,7 +198,7 @@ pub enum SocketError {
 
     /// The path does not fit into a socket address.
     #[error(
-        "Socket path {} has {} bytes, the system allows {}: choose a shorter --socket-path",
+        "Socket path {} has {} bytes, the system allows {}: choose a shorter one",
         path.display(), path.as_os_str().len(), path::MAX_PATH
     )]
     PathTooLong {
@@ -207,7 +214,7 @@ pub enum SocketError {
     },
 
     /// The directory of the path is missing.
-    #[error("Directory {} does not exist: create it or choose another --socket-path", directory.display())]
+    #[error("Directory {} does not exist: create it or choose another path", directory.display())]
     NoDirectory {
         /// The directory of the socket.
         directory: PathBuf,
@@ -224,7 +231,7 @@ pub enum SocketError {
 
     /// The lock file next to the socket cannot be created, opened or locked.
     #[error(
-        "Cannot lock {}: let the daemon write to it and to its directory, or choose another --socket-path",
+        "Cannot lock {}: let the daemon write to it and to its directory, or choose another path",
         lock.display()
     )]
     Lock {
@@ -235,7 +242,7 @@ pub enum SocketError {
     },
 
     /// A live process serves the path.
-    #[error("Socket {} is in use by {user}: stop that or choose another --socket-path", path.display())]
+    #[error("Socket {} is in use by {user}: stop that or choose another path", path.display())]
     InUse {
         /// The path of the socket.
         path: PathBuf,
@@ -244,7 +251,7 @@ pub enum SocketError {
     },
 
     /// Something that is not a socket stands at the path.
-    #[error("{} is a {kind}, not a socket: choose another --socket-path", path.display())]
+    #[error("{} is a {kind}, not a socket: choose another path", path.display())]
     Occupied {
         /// The path of the socket.
         path: PathBuf,
@@ -254,8 +261,7 @@ pub enum SocketError {
 
     /// It cannot be found out whether somebody listens on the socket at the path.
     #[error(
-        "Cannot find out whether existing socket {} is in use: if it is not, remove it; otherwise choose another \
-         --socket-path",
+        "Cannot find out whether existing socket {} is in use: if it is not, remove it; otherwise choose another path",
         path.display()
     )]
     Probe {

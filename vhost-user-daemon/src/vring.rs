@@ -55,7 +55,7 @@ impl Vring {
         self.extra.kick.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// How often the ring was started, so that a worker notices that it was started anew.
+    /// How often the ring was started, or told where to start, so that a worker notices that it was started anew.
     pub(crate) fn starts(&self) -> u32 {
         self.extra.starts.load(Ordering::Relaxed)
     }
@@ -134,6 +134,9 @@ impl VringT<SharedMemory> for Vring {
     }
 
     fn set_queue_next_avail(&self, base: u16) {
+        // User Mode Linux does not stop a ring that its guest gives up, and starts it anew. It is not looked at until its kick
+        // eventfd comes, because its memory may be used for other things by now.
+        self.state.set_queue_ready(false);
         self.state.set_queue_next_avail(base);
     }
 

@@ -21,12 +21,12 @@ use crate::counters::Counters;
 use crate::features::{self, Features};
 use crate::filter::Filter;
 use crate::pcap::Capture;
-use crate::poller::Doorbell;
 use crate::port::peer::Peer;
 use crate::port::tap::Tap;
 use crate::switch::{Member, Switch};
 use crate::vnet::Offloads;
 use crate::worker::NicWorker;
+use vhost_user_daemon::poller::Doorbell;
 
 /// Where the address lies in the configuration space; the only field that a driver may write, if it is a legacy one.
 const MAC_BYTES: usize = 6;

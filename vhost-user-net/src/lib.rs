@@ -14,7 +14,6 @@
 //! | [`port`] | the host side: taps, and peers behind unix sockets |
 //! | [`switch`] | the host side: a switch between the guests of this process |
 //! | [`counters`], [`pcap`] | what passed |
-//! | [`poller`] | what a worker waits for |
 //!
 //! A frame's way out: `worker` pops a chain, and the kernel copies the frame from the guest's memory into a tap; or it is
 //! copied into the send buffer of a peer, together with others; or into the memory of another guest. A frame's way in is
@@ -30,7 +29,6 @@ pub mod features;
 pub mod filter;
 pub mod offload;
 pub mod pcap;
-pub mod poller;
 pub mod port;
 pub mod receive;
 pub mod run;

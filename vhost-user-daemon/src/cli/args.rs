@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum, value_parser};
 use log::LevelFilter;
 
 use crate::log::Format;
+use crate::socket::{Socket, SocketError};
 
 /// Queues that a daemon can serve at most: `vhost-user-backend` assigns queues to workers by a mask of 64 bits.
 pub const MAX_QUEUES: u16 = 64;
@@ -62,6 +63,28 @@ pub struct SocketArgs {
     /// Let members of GROUP (a name or a number) connect to --socket-path
     #[arg(long, value_name = "GROUP", requires = "socket_path", help_heading = "Socket")]
     pub socket_group: Option<String>,
+}
+
+/// Where a daemon can be asked and told things while it serves: [`control`](crate::control).
+#[expect(clippy::doc_markdown, reason = "--help shows these comments as they are")]
+#[derive(Args, Clone, Debug, Default)]
+pub struct ControlArgs {
+    /// Listen for commands on a UNIX socket that is created at PATH
+    ///
+    /// It speaks HTTP and JSON, so that scripts can use it as well: curl --unix-socket PATH http://localhost/healthz.
+    /// Only the user who runs the daemon and root may connect. As with --socket-path, PATH and PATH.lock are removed
+    /// when the daemon ends, and a socket that is in use is not replaced. It is another socket than --socket-path, on
+    /// which virtual machine monitors connect.
+    #[arg(long, value_name = "PATH", help_heading = "Control")]
+    pub control_socket: Option<PathBuf>,
+}
+
+impl ControlArgs {
+    /// Listens on the socket, if there is to be one. Call it before the [sandbox](crate::sandbox) closes, and give it
+    /// to the sandbox.
+    pub fn open(&self) -> Result<Option<Socket>, SocketError> {
+        self.control_socket.as_deref().map(Socket::open_private).transpose()
+    }
 }
 
 /// When a daemon ends and what it logs, however many sockets it has.
@@ -181,6 +204,8 @@ mod tests {
         common: CommonArgs,
         #[command(flatten)]
         queues: QueueArgs,
+        #[command(flatten)]
+        control: ControlArgs,
     }
 
     fn parse(arguments: &[&str]) -> Result<TestArgs, clap::Error> {
@@ -202,6 +227,8 @@ mod tests {
         assert_eq!(service.log_level, None);
         assert_eq!(service.log_format, Format::Text);
         assert!(!service.exit_on_disconnect);
+        assert_eq!(args.control.control_socket, None);
+        assert!(args.control.open().unwrap().is_none());
         assert!((1..=16).contains(&args.queues.num_queues));
         assert_eq!(args.queues.size.queue_size, 256);
     }
@@ -216,8 +243,10 @@ mod tests {
             "--exit-on-disconnect",
             "--num-queues=8",
             "--queue-size=1024",
+            "--control-socket=/run/x.control",
         ])
         .unwrap();
+        assert_eq!(args.control.control_socket.as_deref(), Some(Path::new("/run/x.control")));
         let CommonArgs { socket, service } = args.common;
         assert_eq!(socket.socket_path.as_deref(), Some(Path::new("/run/x.sock")));
         assert_eq!(socket.socket_group.as_deref(), Some("kvm"));

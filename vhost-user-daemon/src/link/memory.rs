@@ -2,13 +2,14 @@
 //!
 //! vhost-user text, sections "Memory region description" and "Single memory region description".
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{FileType, fstat};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::message::{Refusal, body, body_prefix};
 use super::wire::Message;
+use crate::device::SharedRegion;
 
 /// A part of guest memory, and the file that it is mapped from.
 #[derive(Clone, Copy, Debug, FromBytes, Immutable, IntoBytes, KnownLayout)]
@@ -32,11 +33,11 @@ struct Added {
 }
 
 /// A `SET_MEM_TABLE` of exactly the regions that it is about, sorted by guest address; and these regions, each as the
-/// body of an `ADD_MEM_REG`.
+/// body of an `ADD_MEM_REG`. They also have to please `may`.
 ///
 /// Gaps of vhost and vm-memory: User Mode Linux (6.12) always sends room for two regions, and no order is demanded by the
 /// text, but the stock crates insist on both.
-pub(super) fn table(message: &Message) -> Result<(Message, Vec<Vec<u8>>), Refusal> {
+pub(super) fn table(message: &Message, may: MayShare<'_>) -> Result<(Message, Vec<Vec<u8>>), Refusal> {
     let count = body_prefix::<u32>(message)? as usize;
     let regions = message.body.get(HEAD..).unwrap_or_default();
     let (regions, _) = <[Region]>::ref_from_prefix_with_elems(regions, count)
@@ -46,6 +47,8 @@ pub(super) fn table(message: &Message) -> Result<(Message, Vec<Vec<u8>>), Refusa
     }
     let mut sorted: Vec<(&Region, &OwnedFd)> = regions.iter().zip(&message.fds).collect();
     sorted.sort_by_key(|(region, _)| region.guest_address);
+    let shared: Vec<_> = sorted.iter().map(|(region, fd)| shared(region, fd)).collect();
+    may(&shared).map_err(Refusal::new)?;
     let mut body = message.body[..HEAD].to_vec();
     let mut fds = Vec::with_capacity(count);
     for (region, fd) in sorted {
@@ -59,6 +62,14 @@ pub(super) fn table(message: &Message) -> Result<(Message, Vec<Vec<u8>>), Refusa
     Ok((Message { request: message.request, need_reply: message.need_reply, body, fds }, added))
 }
 
+/// What the device says to regions: the reason if it cannot work with them.
+pub(super) type MayShare<'a> = &'a dyn Fn(&[SharedRegion<'_>]) -> Result<(), String>;
+
+fn shared<'a>(region: &Region, fd: &'a OwnedFd) -> SharedRegion<'a> {
+    let Region { guest_address, size, mmap_offset, .. } = *region;
+    SharedRegion { guest_address, size, offset: mmap_offset, file: fd.as_fd() }
+}
+
 /// Whether two bodies of `ADD_MEM_REG` or `REM_MEM_REG` are about the same part of guest memory.
 pub(super) fn is_same(left: &[u8], right: &[u8]) -> bool {
     match (Added::read_from_bytes(left), Added::read_from_bytes(right)) {
@@ -69,11 +80,11 @@ pub(super) fn is_same(left: &[u8], right: &[u8]) -> bool {
     }
 }
 
-/// Checks the region of an `ADD_MEM_REG`.
-pub(super) fn check_added(message: &Message) -> Result<(), Refusal> {
+/// Checks the region of an `ADD_MEM_REG`, which also has to please `may`.
+pub(super) fn check_added(message: &Message, may: MayShare<'_>) -> Result<(), Refusal> {
     let Added { region, .. } = body(message)?;
     match &message.fds[..] {
-        [fd] => check(&region, fd),
+        [fd] => check(&region, fd).and_then(|()| may(&[shared(&region, fd)]).map_err(Refusal::new)),
         fds => Err(Refusal::new(format!("One region with {} files", fds.len()))),
     }
 }

@@ -21,6 +21,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, PoisonError};
 
 use log::debug;
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use rustix::process::Pid;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures as ProtocolFeatures, VhostUserVirtioFeatures};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -31,7 +33,7 @@ use self::message::{
     inflight_body, request, request_name, single_fd, takes_files,
 };
 use self::wire::Message;
-use crate::device::Device;
+use crate::device::{Device, SharedRegion};
 use crate::dirty::DirtyLog;
 use crate::inflight::{self, InflightMemory};
 use crate::ring::SharedInflight;
@@ -198,13 +200,20 @@ impl<D: Device> Link<D> {
         Ok(())
     }
 
+    /// What the device says to memory regions of this front end.
+    fn may_share(&self) -> impl Fn(&[SharedRegion<'_>]) -> Result<(), String> + '_ {
+        // 0 is a process of another PID namespace, for which rustix has no value.
+        let peer = getsockopt(&self.front, PeerCredentials).ok().and_then(|peer| Pid::from_raw(peer.pid()));
+        move |regions| self.device.check_memory(regions, peer)
+    }
+
     fn answer(&mut self, mut message: Message) -> Result<Answer, Refusal> {
         if !takes_files(message.request) {
             // Closed, not used: the stock crates would close the connection.
             message.fds.clear();
         }
         match message.request {
-            request::GET_FEATURES => Ok(Answer::Reply(self.features.as_bytes().into())),
+            request::GET_FEATURES => self.get_features(),
             request::SET_FEATURES => self.set_features(&message),
             request::GET_PROTOCOL_FEATURES => {
                 Ok(Answer::Reply(self.protocol_features.bits().as_bytes().into()))
@@ -278,13 +287,13 @@ impl<D: Device> Link<D> {
             // Gap of vhost: it wants at least one.
             request::SET_MEM_TABLE if body_prefix::<u32>(&message)? == 0 => self.forget_memory(),
             request::SET_MEM_TABLE => {
-                let (message, regions) = memory::table(&message)?;
+                let (message, regions) = memory::table(&message, &self.may_share())?;
                 self.relay(message)?;
                 self.regions = regions;
                 Ok(Answer::Done)
             }
             request::ADD_MEM_REG => {
-                memory::check_added(&message)?;
+                memory::check_added(&message, &self.may_share())?;
                 let region = message.body.clone();
                 self.relay(message)?;
                 self.regions.push(region);
@@ -327,15 +336,30 @@ impl<D: Device> Link<D> {
     fn reset_device(&mut self, message: Message) -> Result<Answer, Refusal> {
         self.relay(message)?;
         // Gap of vhost-user-backend: a ring that was reset would go on with its old addresses when it is enabled.
-        for index in 0..self.device.num_queues() as u32 {
-            let state = VringState { index, num: 0 };
-            self.relay_for_reply(&Message::new(request::GET_VRING_BASE, state.as_bytes()))?;
-        }
+        self.stop_rings()?;
         self.features_set = false;
         self.enabled.fill(false);
         self.status = 0;
         self.log.set_enabled(false);
         Ok(Answer::Done)
+    }
+
+    fn stop_rings(&mut self) -> Result<(), Refusal> {
+        for index in 0..self.device.num_queues() as u32 {
+            let state = VringState { index, num: 0 };
+            self.relay_for_reply(&Message::new(request::GET_VRING_BASE, state.as_bytes()))?;
+        }
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> Result<Answer, Refusal> {
+        // User Mode Linux has no GET_VRING_BASE, and without the bit no SET_VRING_ENABLE either. When its driver goes, it
+        // only asks this once more, as a barrier, and the memory of the rings is used for other things then.
+        let can_disable = self.acked_features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0;
+        if self.features_set && !can_disable {
+            self.stop_rings()?;
+        }
+        Ok(Answer::Reply(self.features.as_bytes().into()))
     }
 
     fn set_features(&mut self, message: &Message) -> Result<Answer, Refusal> {

@@ -59,8 +59,8 @@
 //! What was open stays open. So a daemon must not keep a directory of the host open in namespaces: `..` leads from
 //! there to all of the host, and so a parent process must not pass one on either. For this reason [`Sandbox::enter`] takes the sockets: a second process, which stays
 //! outside, removes the socket in the end, and connects to a front end with `--client` (see `keeper.rs`). It is there
-//! for sockets with a path only, and not with `none`. Other files that have to be removed in the end (a control
-//! socket's) need the same, or stay.
+//! for sockets with a path only, and not with `none`. A control socket
+//! is one of the sockets. Other files that have to be removed in the end need the same, or stay.
 //!
 //! Mounts have `noexec`, on which `access(X_OK)` says no for every file, and `nosymfollow`. Landlock alone has no
 //! effect on attributes, so that who promises [read-only](Sandbox::directory) has to refuse changes itself as well.

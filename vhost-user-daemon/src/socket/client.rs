@@ -108,7 +108,7 @@ pub enum ConnectError {
     },
 
     /// The socket is one for datagrams or packets.
-    #[error("Socket {} is not a stream socket: choose another --socket-path", path.display())]
+    #[error("Socket {} is not a stream socket: choose another path", path.display())]
     WrongType {
         /// The path of the socket.
         path: PathBuf,

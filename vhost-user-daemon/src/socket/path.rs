@@ -41,9 +41,18 @@ const BACKLOG: i32 = 128;
 /// Creates a socket at `path` and listens on it. Its mode is 0700, or 0770 with `group` (a name or a number).
 pub(super) fn listen(path: &Path, group: Option<&str>) -> Result<Listener, SocketError> {
     let group = group.map(|name| find_group(name).map(|gid| (name, gid))).transpose()?;
+    listen_with(path, Mode::RWXU, group)
+}
+
+/// Creates a socket at `path`, and listens on it, for the own user alone: its mode is 0600.
+pub(super) fn listen_privately(path: &Path) -> Result<Listener, SocketError> {
+    listen_with(path, Mode::RUSR | Mode::WUSR, None)
+}
+
+fn listen_with(path: &Path, mode: Mode, group: Option<(&str, Gid)>) -> Result<Listener, SocketError> {
     let mut claim = Claim::new(path)?;
     claim.remove_stale()?;
-    let listener = claim.bind(group)?;
+    let listener = claim.bind(mode, group)?;
     Ok(Listener { claim: Some(claim), listener })
 }
 
@@ -171,8 +180,8 @@ impl Claim {
     }
 
     /// Makes the socket and listens on it.
-    fn bind(&mut self, group: Option<(&str, Gid)>) -> Result<UnixListener, SocketError> {
-        let socket = self.create().map_err(|error| self.cannot_listen(error))?;
+    fn bind(&mut self, mode: Mode, group: Option<(&str, Gid)>) -> Result<UnixListener, SocketError> {
+        let socket = self.create(mode).map_err(|error| self.cannot_listen(error))?;
         if let Some((name, gid)) = group {
             self.open_to_group(gid).map_err(|error| SocketError::Group {
                 path: self.path.clone(),
@@ -188,9 +197,9 @@ impl Claim {
         SocketError::Listen { path: self.path.clone(), source: error.into() }
     }
 
-    fn create(&mut self) -> Result<OwnedFd, Errno> {
+    fn create(&mut self, mode: Mode) -> Result<OwnedFd, Errno> {
         let socket = new_socket(SocketFlags::empty())?;
-        fs::fchmod(&socket, Mode::RWXU)?;
+        fs::fchmod(&socket, mode)?;
         rustix::net::bind(&socket, &SocketAddrUnix::new(&self.path)?)?;
         self.socket = Some(self.stat()?.into());
         Ok(socket)
@@ -313,6 +322,17 @@ mod tests {
     }
 
     #[test]
+    fn a_private_socket_is_for_its_user() {
+        let (directory, path) = place();
+        let listener = listen_privately(&path).unwrap();
+        assert_eq!(mode(&path), 0o600);
+        let _client = UnixStream::connect(&path).unwrap();
+        listener.accept().unwrap();
+        drop(listener);
+        assert_empty(&directory);
+    }
+
+    #[test]
     fn a_group_gets_access() {
         let (directory, path) = place();
         // Every user may give a file to a group of their own.
@@ -339,7 +359,7 @@ mod tests {
         assert_eq!(
             error.to_string(),
             format!(
-                "Socket {} is in use by another daemon (process {}): stop that or choose another --socket-path",
+                "Socket {} is in use by another daemon (process {}): stop that or choose another path",
                 path.display(),
                 process::id()
             )

@@ -24,6 +24,9 @@ use rustix::io::Errno;
 use rustix::process::{geteuid, umask};
 use rustix::thread::{CapabilitySet, capabilities, capability_is_in_bounding_set, no_new_privs};
 use seccompiler::{SeccompAction, SeccompFilter};
+use vhost_user_daemon::control::{
+    Bell, Client, ClientError, Endpoint, Handler, Reply, Request, Response, Server,
+};
 use vhost_user_daemon::log::Format;
 use vhost_user_daemon::sandbox::{Confinement, Entered, Needs, Sandbox, SandboxChoice, SandboxError};
 use vhost_user_daemon::socket::{Socket, SocketOptions};
@@ -39,6 +42,8 @@ pub fn run(case: &str) {
         "moved" => moved(),
         "attacks" => attacks(),
         "listening" => listening(),
+        "control" => control(),
+        "stranger" => stranger(),
         "client" => client(),
         "serving" => serving(),
         "refusals" => refusals(),
@@ -306,6 +311,28 @@ fn listening() {
         }
     }
     drop(socket);
+}
+
+struct Well;
+
+impl Handler for Well {
+    fn handle(&self, _: &Request) -> Reply {
+        Response::json(&"well").into()
+    }
+}
+
+fn control() {
+    let mut socket = Socket::open_private(Path::new("socket")).unwrap();
+    sandbox().enter(&mut [&mut socket]).unwrap();
+    let endpoint = Endpoint::socket(socket, Arc::new(Well));
+    let _server = Server::start(&Bell::new().unwrap(), vec![endpoint]).unwrap();
+    say("listening");
+    wait();
+}
+
+fn stranger() {
+    let error = Client::new(Path::new("socket")).get::<String>("/").unwrap_err();
+    assert!(matches!(error, ClientError::Closed { .. }), "{error}");
 }
 
 fn client() {

@@ -20,6 +20,7 @@ use libtest_mimic::{Arguments, Trial};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, geteuid, kill_process};
 use tempfile::TempDir;
+use vhost_user_daemon::control::Client;
 
 /// `nobody`: whoever has no privileges.
 const ORDINARY: u32 = 65534;
@@ -58,6 +59,7 @@ fn main() -> ExitCode {
         add("a_directory_that_was_moved_out_is_no_way_out", moved, &["namespace", "landlock"]);
         add("attacks_are_refused", attacks, &["namespace", "landlock", "auto"]);
         add("a_listening_socket_is_removed_in_the_end", listening, &["namespace", "landlock", "none"]);
+        add("a_control_socket_is_for_its_user_and_root", control, &["namespace", "landlock", "none"]);
         add("a_killed_daemon_leaves_its_place_to_the_next", killed, &["namespace", "landlock"]);
         add("a_client_connects_again", client, &["namespace", "landlock", "none"]);
         add("a_device_is_served", serving, &["namespace", "landlock", "none"]);
@@ -227,6 +229,30 @@ fn listening(user: User, choice: &'static str) {
     assert!(host.path("socket.lock").exists());
     inside.go_on();
     inside.finish();
+    for name in ["socket", "socket.lock"] {
+        assert!(!host.path(name).exists(), "{name}");
+    }
+}
+
+fn control(user: User, choice: &'static str) {
+    let host = Host::new(user, choice);
+    let mut inside = host.start("control");
+    inside.wait_for("listening");
+    let path = host.path("socket");
+    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    let answer: String = Client::new(&path).get("/").unwrap();
+    assert_eq!(answer, "well");
+    let hides_root = user == User::Ordinary && choice == "namespace";
+    if geteuid().is_root() && !hides_root {
+        // Even if the mode lets everybody in.
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o777)).unwrap();
+        let mut stranger = Command::new("/proc/self/exe");
+        stranger.uid(ORDINARY - 1).gid(ORDINARY - 1);
+        host.start_command(stranger, "stranger").finish();
+    }
+    inside.go_on();
+    let log = inside.finish();
+    assert_eq!(log.contains("Refused process"), geteuid().is_root() && !hides_root, "{log}");
     for name in ["socket", "socket.lock"] {
         assert!(!host.path(name).exists(), "{name}");
     }

@@ -15,11 +15,11 @@ use super::{Burst, Sender, Switch};
 use crate::counters::{Counter, Counters, Tally};
 use crate::offload::checksum;
 use crate::pcap::Capture;
-use crate::poller::{Doorbell, Interest, Poller};
 use crate::port::peer::{Fill, Flush, Peer};
 use crate::port::tap::Tap;
 use crate::receive::MAX_FRAME;
 use crate::vnet::{FLAG_NEEDS_CSUM, HEADER_LEN, Offloads, VnetHeader};
+use vhost_user_daemon::poller::{Doorbell, Interest, Poller};
 
 /// Frames taken in before they are shown to their receivers.
 const BUDGET: usize = 64;

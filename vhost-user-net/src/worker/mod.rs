@@ -22,8 +22,8 @@ use crate::ethernet::START_LEN;
 use crate::features::Features;
 use crate::filter::Filter;
 use crate::pcap::Capture;
-use crate::poller::{Doorbell, Interest, Poller};
 use crate::transmit::{Batched, admit};
+use vhost_user_daemon::poller::{Doorbell, Interest, Poller};
 
 /// Frames received before the other direction has its turn.
 const BUDGET: usize = 64;

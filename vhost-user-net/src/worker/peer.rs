@@ -11,11 +11,11 @@ use super::{BUDGET, Received, State, record};
 use crate::counters::Counter;
 use crate::device::Nic;
 use crate::offload::checksum;
-use crate::poller::Poller;
 use crate::port::peer::{Fill, Flush, Peer};
 use crate::receive::{NotReceived, Receiver};
 use crate::transmit::{Batched, Sent, Transmitter};
 use crate::vnet::{FLAG_NEEDS_CSUM, GSO_NONE, VnetHeader};
+use vhost_user_daemon::poller::Poller;
 
 /// The one pair of a peer.
 pub(super) struct PeerPair {

@@ -1,5 +1,5 @@
-//! What a worker waits for besides kicks: its port, a moment in time, or a ring of its doorbell. All in one epoll instance,
-//! so that the thread has to watch one file only.
+//! What a worker waits for besides kicks: a file of the host (its port), a moment in time, or a ring of its doorbell. All
+//! in one epoll instance, so that the thread has to watch one file only: [`Worker::event_fd`](crate::Worker::event_fd).
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};

@@ -1,4 +1,4 @@
-//! What a worker waits for while requests are under way in other threads: their results, and kicks.
+//! What a worker waits for while something is in flight: a doorbell that others ring, and kicks.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -14,14 +14,14 @@ pub struct Bell {
 }
 
 impl Bell {
-    /// Waits for results at `doorbell`, which is read by whoever takes them.
+    /// Waits for `doorbell` to become readable. It is read by whoever acts on it.
     pub fn new(doorbell: BorrowedFd<'_>) -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(&epoll, doorbell, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
         Ok(Self { epoll, watched: Vec::new() })
     }
 
-    /// Waits for a result, for a write to one of `kicks`, or until `timeout`.
+    /// Waits for the doorbell, for a write to one of `kicks`, or until `timeout`.
     pub fn wait(&mut self, timeout: Duration, kicks: &[Arc<OwnedFd>]) {
         self.watch(kicks);
         let timeout = Timespec::try_from(timeout).ok();
