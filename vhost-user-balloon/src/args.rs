@@ -7,6 +7,7 @@ use vhost_user_daemon::cli::{self, Capabilities, CommonArgs, ControlArgs, Device
 
 use crate::ctl::CtlArgs;
 use crate::device::BalloonOptions;
+use crate::manage::ManageArgs;
 use crate::memory::{Granularity, PAGE};
 use crate::sizes;
 
@@ -104,6 +105,8 @@ pub struct Args {
 pub enum Command {
     /// Ask a running balloon how it is, and tell it what to be
     Ctl(CtlArgs),
+    /// Share the host's memory among all guests with a balloon
+    Manage(Box<ManageArgs>),
 }
 
 /// Whether something is offered.

@@ -11,6 +11,7 @@
 //! | [`api`] | the JSON of the control socket |
 //! | [`control`] | the control socket: requests, events, metrics |
 //! | [`ctl`] | its client on the command line |
+//! | [`manage`] | the manager: shares a host's memory among its guests |
 //!
 //! A page's way: the guest puts its number into a buffer of the inflate queue, [`worker`] pops the chain,
 //! [`request::Pages`] reads the numbers, [`memory::Ledger`] notes them, the chain goes back to the guest, and when a block
@@ -23,6 +24,7 @@ pub mod config;
 pub mod control;
 pub mod ctl;
 pub mod device;
+pub mod manage;
 pub mod memory;
 pub mod queues;
 pub mod request;

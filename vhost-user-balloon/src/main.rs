@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use vhost_user_balloon::args::{Args, CAPABILITIES, Command};
 use vhost_user_balloon::ctl;
+use vhost_user_balloon::manage;
 use vhost_user_balloon::run::run;
 use vhost_user_daemon::cli;
 
@@ -12,6 +13,7 @@ fn main() -> ExitCode {
     let result = match &args.command {
         None => run(&args),
         Some(Command::Ctl(args)) => ctl::run(args),
+        Some(Command::Manage(args)) => manage::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
