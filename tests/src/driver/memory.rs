@@ -33,10 +33,19 @@ impl SharedMemory {
 
     /// Maps the first `len` bytes of a file, such as one that is another program's guest memory.
     pub fn of_file(file: File, len: usize) -> io::Result<Self> {
+        Self::map(file, len, MapFlags::SHARED)
+    }
+
+    /// Maps the first `len` bytes of a file such that what is written stays in this process: what a front end does that
+    /// was not told to share its memory.
+    pub fn private(file: File, len: usize) -> io::Result<Self> {
+        Self::map(file, len, MapFlags::PRIVATE)
+    }
+
+    fn map(file: File, len: usize, flags: MapFlags) -> io::Result<Self> {
         // SAFETY: a fresh mapping at an address of the kernel's choice cannot overlap an object of this process.
-        let base = unsafe {
-            mmap(ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, &file, 0)?
-        };
+        let base =
+            unsafe { mmap(ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags, &file, 0)? };
         let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         Ok(Self { file, base, len })
     }

@@ -1,5 +1,6 @@
 //! Front ends without a guest: what drives a daemon from this process.
 //!
+//! * [`balloon`] is a balloon's driver, and looks at what the host holds of its memory.
 //! * [`blk`] is a well-behaved disk driver on top of the crate `virtio-driver`.
 //! * [`raw`], [`ring`] and [`request`] are rings by hand, which can be misused in every way.
 //! * [`net`] sends and receives frames by such rings, in chains of any shape.
@@ -9,6 +10,7 @@
 //! * [`fixture`] starts `vhost-user-blk` on a scratch image, [`net_fixture`] `vhost-user-net` on a tap in a namespace;
 //!   [`usage`] looks at a daemon from outside.
 
+pub mod balloon;
 pub mod blk;
 pub mod fixture;
 pub mod lan;

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::Shutdown;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -66,10 +67,46 @@ impl Layout {
     }
 }
 
+/// A part of the guest's memory, which is a part of a file.
+#[derive(Clone, Debug)]
+pub struct Region {
+    /// The guest address of the first byte.
+    pub start: u64,
+    /// The file, of which several regions can be parts.
+    pub file: Arc<SharedMemory>,
+    /// Where in the file the region starts.
+    pub offset: usize,
+    /// The size in bytes.
+    pub len: usize,
+}
+
+impl Region {
+    /// A whole file.
+    pub fn new(start: u64, file: SharedMemory) -> Self {
+        Self { start, offset: 0, len: file.len(), file: Arc::new(file) }
+    }
+
+    /// The guest addresses.
+    pub fn range(&self) -> Range<u64> {
+        self.start..self.start + self.len as u64
+    }
+
+    /// The region as vhost-user announces it.
+    pub fn info(&self) -> VhostUserMemoryRegionInfo {
+        VhostUserMemoryRegionInfo {
+            guest_phys_addr: self.start,
+            memory_size: self.len as u64,
+            userspace_addr: self.file.address() + self.offset as u64,
+            mmap_offset: self.offset as u64,
+            mmap_handle: self.file.as_raw_fd(),
+        }
+    }
+}
+
 /// The guest's memory, by guest address.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct GuestMemory {
-    regions: Vec<(u64, SharedMemory)>,
+    regions: Vec<Region>,
 }
 
 impl GuestMemory {
@@ -78,55 +115,56 @@ impl GuestMemory {
         let regions = layout
             .regions()
             .into_iter()
-            .map(|(address, len)| Ok((address, SharedMemory::new(len)?)))
+            .map(|(address, len)| Ok(Region::new(address, SharedMemory::new(len)?)))
             .collect::<io::Result<_>>()?;
         Ok(Self { regions })
     }
 
     /// Memory from address 0 on that exists already.
     pub fn of(memory: SharedMemory) -> Self {
-        Self { regions: vec![(0, memory)] }
+        Self { regions: vec![Region::new(0, memory)] }
+    }
+
+    /// Memory of any regions.
+    pub fn of_regions(regions: Vec<Region>) -> Self {
+        Self { regions }
+    }
+
+    /// All regions.
+    pub fn regions(&self) -> &[Region] {
+        &self.regions
     }
 
     /// The end of the highest region.
     pub fn end(&self) -> u64 {
-        self.regions.iter().map(|(start, memory)| start + memory.len() as u64).max().unwrap_or(0)
+        self.regions.iter().map(|region| region.range().end).max().unwrap_or(0)
     }
 
     /// The regions as vhost-user announces them.
     pub fn table(&self) -> Vec<VhostUserMemoryRegionInfo> {
-        self.regions
-            .iter()
-            .map(|(start, memory)| VhostUserMemoryRegionInfo {
-                guest_phys_addr: *start,
-                memory_size: memory.len() as u64,
-                userspace_addr: memory.address(),
-                mmap_offset: 0,
-                mmap_handle: memory.as_raw_fd(),
-            })
-            .collect()
+        self.regions.iter().map(Region::info).collect()
     }
 
-    fn find(&self, address: u64) -> (&SharedMemory, usize) {
-        let region =
-            |(start, memory): &&(u64, SharedMemory)| (*start..start + memory.len() as u64).contains(&address);
-        let Some((start, memory)) = self.regions.iter().find(region) else {
+    /// The file behind a guest address, the place in it, and the bytes from there to the end of the region.
+    pub fn find(&self, address: u64) -> (&SharedMemory, usize, usize) {
+        let Some(region) = self.regions.iter().find(|region| region.range().contains(&address)) else {
             panic!("{address:#x} is outside of guest memory");
         };
-        (memory, (address - start) as usize)
+        let inside = (address - region.start) as usize;
+        (&region.file, region.offset + inside, region.len - inside)
     }
 
     /// The address in this process of a guest address.
     pub fn user_address(&self, address: u64) -> u64 {
-        let (memory, offset) = self.find(address);
+        let (memory, offset, _) = self.find(address);
         memory.address() + offset as u64
     }
 
     /// Copies out, across regions that touch.
     pub fn read(&self, mut address: u64, mut out: &mut [u8]) {
         while !out.is_empty() {
-            let (memory, offset) = self.find(address);
-            let (now, rest) = out.split_at_mut(out.len().min(memory.len() - offset));
+            let (memory, offset, left) = self.find(address);
+            let (now, rest) = out.split_at_mut(out.len().min(left));
             memory.read(offset, now);
             address += now.len() as u64;
             out = rest;
@@ -143,8 +181,8 @@ impl GuestMemory {
     /// Copies in, across regions that touch.
     pub fn write(&self, mut address: u64, mut data: &[u8]) {
         while !data.is_empty() {
-            let (memory, offset) = self.find(address);
-            let (now, rest) = data.split_at(data.len().min(memory.len() - offset));
+            let (memory, offset, left) = self.find(address);
+            let (now, rest) = data.split_at(data.len().min(left));
             memory.write(offset, now);
             address += now.len() as u64;
             data = rest;
@@ -153,13 +191,13 @@ impl GuestMemory {
 
     /// Reads a ring index or flags; see [`SharedMemory::load_u16`].
     pub fn load_u16(&self, address: u64) -> u16 {
-        let (memory, offset) = self.find(address);
+        let (memory, offset, _) = self.find(address);
         memory.load_u16(offset)
     }
 
     /// Writes a ring index or flags; see [`SharedMemory::store_u16`].
     pub fn store_u16(&self, address: u64, value: u16) {
-        let (memory, offset) = self.find(address);
+        let (memory, offset, _) = self.find(address);
         memory.store_u16(offset, value);
     }
 }

@@ -78,6 +78,11 @@ impl WireFrontend {
         self.socket.shutdown(Shutdown::Both)
     }
 
+    /// Whether messages that are not there yet are waited for.
+    pub fn set_nonblocking(&self, on: bool) -> io::Result<()> {
+        self.socket.set_nonblocking(on)
+    }
+
     /// Sends any bytes, with file descriptors attached to the first of them.
     pub fn send_bytes(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let mut sent = 0;

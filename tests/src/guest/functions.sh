@@ -97,3 +97,34 @@ share_up() {
     mkdir -p "${3-/mnt}"
     mount -t 9p -o "trans=virtio,version=9p2000.L,msize=512000,cache=$2$SHARE_OPTIONS" "$1" "${3-/mnt}"
 }
+
+# meminfo NAME: a number of /proc/meminfo, in bytes.
+meminfo() { awk -v name="$1:" '$1 == name { printf "%.0f", $2 * 1024 }' /proc/meminfo; }
+
+# balloon_size: the pages in the balloon, as the driver has counted them since it was loaded first.
+balloon_size() { awk '/^balloon_inflate/ { n += $2 } /^balloon_deflate/ { n -= $2 } END { print n }' /proc/vmstat; }
+
+# wait_balloon PAGES: waits up to a minute until the balloon has this size.
+wait_balloon() {
+    { set +x; } 2>/dev/null
+    tries=0
+    until [ "$(balloon_size)" = "$1" ] || [ "$tries" -ge 300 ]; do
+        tries=$((tries + 1))
+        sleep 0.2
+    done
+    set -x
+    [ "$(balloon_size)" = "$1" ]
+}
+
+# fill MIB: fills a file in memory with so many MiB that differ.
+fill() {
+    [ -d /fill ] || { mkdir /fill && mount -t tmpfs -o size=100% fill /fill; }
+    head -c 1048576 /dev/urandom >/fill/seed
+    n=0
+    { set +x; } 2>/dev/null
+    while [ "$n" -lt "$1" ]; do
+        cat /fill/seed
+        n=$((n + 1))
+    done >/fill/file
+    set -x
+}

@@ -21,6 +21,7 @@
 //! quotes. The functions that it can call are in `functions.sh`.
 mod initramfs;
 mod qemu;
+pub mod qmp;
 mod running;
 mod terminal;
 mod transcript;
@@ -137,6 +138,21 @@ impl Default for NinepOptions {
     }
 }
 
+/// How a guest attaches a memory balloon.
+#[derive(Debug, Clone, Copy)]
+pub struct BalloonOptions {
+    /// Its queues, of which Linux uses those whose features it takes.
+    pub num_queues: u16,
+    /// The descriptors of a queue. User Mode Linux has 256.
+    pub queue_size: u16,
+}
+
+impl Default for BalloonOptions {
+    fn default() -> Self {
+        Self { num_queues: 5, queue_size: 128 }
+    }
+}
+
 /// A device of a guest.
 #[derive(Debug, Clone)]
 enum Device {
@@ -145,6 +161,8 @@ enum Device {
     Ninep { socket: PathBuf, options: NinepOptions },
     NinepInProcess { path: PathBuf, tag: String, security_model: &'static str },
     Virtiofs { socket: PathBuf, tag: String },
+    Balloon { socket: PathBuf, options: BalloonOptions },
+    BalloonInProcess { device: &'static str },
     Debian,
 }
 
@@ -156,6 +174,7 @@ impl Device {
             Self::Net { .. } => &["virtio_net"],
             Self::Ninep { .. } | Self::NinepInProcess { .. } => &["9pnet_virtio", "9p"],
             Self::Virtiofs { .. } => &["virtiofs"],
+            Self::Balloon { .. } | Self::BalloonInProcess { .. } => &["virtio_balloon"],
         }
     }
 }
@@ -175,6 +194,8 @@ pub struct Guest {
     timeout: Duration,
     may_reboot: bool,
     new_root: Option<String>,
+    huge_pages: bool,
+    monitor: Option<PathBuf>,
 }
 
 impl Guest {
@@ -193,6 +214,8 @@ impl Guest {
             timeout: Duration::from_secs(120),
             may_reboot: false,
             new_root: None,
+            huge_pages: false,
+            monitor: None,
         }
     }
 
@@ -256,6 +279,35 @@ impl Guest {
     #[must_use]
     pub fn virtiofs(mut self, socket: impl Into<PathBuf>, tag: &str) -> Self {
         self.devices.push(Device::Virtiofs { socket: socket.into(), tag: tag.to_owned() });
+        self
+    }
+
+    /// Attaches the memory balloon of the daemon that listens at `socket`. A guest has one at most.
+    #[must_use]
+    pub fn balloon(mut self, socket: impl Into<PathBuf>, options: BalloonOptions) -> Self {
+        self.devices.push(Device::Balloon { socket: socket.into(), options });
+        self
+    }
+
+    /// Attaches QEMU's own memory balloon, with more options of its device such as `,free-page-reporting=on`: what the daemon
+    /// is compared with. Its path in QEMU's object tree is `/machine/peripheral/balloon`.
+    #[must_use]
+    pub fn balloon_in_process(mut self, device: &'static str) -> Self {
+        self.devices.push(Device::BalloonInProcess { device });
+        self
+    }
+
+    /// Makes its memory of huge pages, which the host must have. Only QEMU can.
+    #[must_use]
+    pub fn huge_pages(mut self) -> Self {
+        self.huge_pages = true;
+        self
+    }
+
+    /// Lets QEMU listen for commands at `path`; see [`qmp::Monitor`].
+    #[must_use]
+    pub fn monitor(mut self, path: impl Into<PathBuf>) -> Self {
+        self.monitor = Some(path.into());
         self
     }
 

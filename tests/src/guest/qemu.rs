@@ -5,13 +5,17 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Device, Guest, NetOptions, NinepOptions, Vmm, initramfs_of};
+use super::{BalloonOptions, Device, Guest, NetOptions, NinepOptions, Vmm, initramfs_of};
 use crate::process::Process;
 use crate::provision::{self, Kernel, Qemu};
 
 /// A kernel that KVM runs boots in a second or two.
 const PROBE_LIMIT: Duration = Duration::from_secs(10);
 
+/// Virtio's number for memory balloons.
+const BALLOON: u32 = 5;
+/// The length of a balloon's configuration.
+const BALLOON_CONFIG: u32 = 16;
 /// Virtio's number for shared directories.
 const NINEP: u32 = 9;
 
@@ -20,6 +24,9 @@ pub(super) fn command(guest: &Guest, kernel: &Kernel, initramfs: &Path) -> Resul
     let qemu = provision::qemu()?;
     let accelerator = accelerator(&qemu, kernel)?;
     let mut command = machine(guest, &qemu, kernel, initramfs, &accelerator);
+    if let Some(path) = &guest.monitor {
+        command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", escape(text(path)?)));
+    }
     for (index, device) in guest.devices.iter().enumerate() {
         let id = format!("device{index}");
         match device {
@@ -51,6 +58,13 @@ pub(super) fn command(guest: &Guest, kernel: &Kernel, initramfs: &Path) -> Resul
             Device::Virtiofs { socket, tag } => {
                 command.arg("-chardev").arg(chardev(&id, socket, None)?);
                 command.arg("-device").arg(format!("vhost-user-fs-pci,chardev={id},tag={}", escape(tag)));
+            }
+            Device::Balloon { socket, options } => {
+                command.arg("-chardev").arg(chardev(&id, socket, None)?);
+                command.arg("-device").arg(balloon_device(&id, *options));
+            }
+            Device::BalloonInProcess { device } => {
+                command.arg("-device").arg(format!("virtio-balloon-pci,id=balloon{device}"));
             }
             Device::Debian => {
                 let debian = provision::debian()?;
@@ -86,6 +100,15 @@ fn ninep_device(id: &str, options: NinepOptions) -> String {
     )
 }
 
+/// The same for a balloon.
+fn balloon_device(id: &str, options: BalloonOptions) -> String {
+    let BalloonOptions { num_queues, queue_size } = options;
+    format!(
+        "vhost-user-test-device-pci,chardev={id},virtio-id={BALLOON},num_vqs={num_queues},vq_size={queue_size},\
+         config_size={BALLOON_CONFIG}"
+    )
+}
+
 /// A `-device` of a network interface. Its boot ROM is not part of the cached QEMU.
 fn net_device(id: &str, options: &NetOptions) -> String {
     let mut words = vec!["virtio-net-pci".to_owned(), format!("netdev={id}-net"), "romfile=".to_owned()];
@@ -109,7 +132,8 @@ fn machine(guest: &Guest, qemu: &Qemu, kernel: &Kernel, initramfs: &Path, accele
         command.arg("-no-reboot");
     }
     command.args(["-M", "q35,memory-backend=memory", "-cpu", "max", "-accel", accelerator]);
-    command.arg("-object").arg(format!("memory-backend-memfd,id=memory,size={memory}M,share=on"));
+    let huge = if guest.huge_pages { ",hugetlb=on,hugetlbsize=2M" } else { "" };
+    command.arg("-object").arg(format!("memory-backend-memfd,id=memory,size={memory}M,share=on{huge}"));
     command.arg("-m").arg(format!("{memory}M")).arg("-smp").arg(guest.cpus.to_string());
     // Should this process be killed, the guest goes with it.
     command.args(["-run-with", "exit-with-parent=on"]);

@@ -1,6 +1,7 @@
 //! A guest while it runs, and what it has done at the end.
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::process::{ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -163,6 +164,25 @@ impl Running {
     /// The id of the process that runs the guest.
     pub fn pid(&self) -> u32 {
         self.process.pid()
+    }
+
+    /// What the host holds of the guest's memory, in bytes.
+    pub fn resident(&self) -> Result<u64> {
+        // It is a file without a name, the largest of its kind.
+        let mut largest = None;
+        for entry in std::fs::read_dir(format!("/proc/{}/fd", self.pid()))? {
+            let path = entry?.path();
+            // It may have been closed since.
+            let (Ok(target), Ok(file)) = (std::fs::read_link(&path), std::fs::metadata(&path)) else {
+                continue;
+            };
+            if file.is_file() && target.to_string_lossy().ends_with(" (deleted)") {
+                largest = largest.max(Some((file.len(), file.blocks() * 512)));
+            }
+        }
+        let (_, resident) =
+            largest.context("The guest's memory was not found among the files that it has open")?;
+        Ok(resident)
     }
 
     /// Ends the guest as a power failure would.

@@ -15,10 +15,16 @@ use crate::provision::Uml;
 const NET: u32 = 1;
 /// Virtio's number for block devices.
 const BLK: u32 = 2;
+/// Virtio's number for memory balloons.
+const BALLOON: u32 = 5;
 
 /// The command that runs `guest`. Its channel is standard input and output, its console standard error.
 pub(super) fn command(guest: &Guest, uml: &Uml, initramfs: &Path, scratch: &Path) -> Result<Command> {
     ensure!(guest.cpus == 1, "User Mode Linux has one processor; ask QEMU for {}", guest.cpus);
+    ensure!(
+        !guest.huge_pages && guest.monitor.is_none(),
+        "User Mode Linux has neither huge pages nor QEMU's monitor; ask QEMU for them"
+    );
     let mut command = Command::new(&uml.program);
     command.arg(format!("mem={}M", guest.memory_mib));
     command.arg(format!("initrd={}", word(initramfs)?));
@@ -53,7 +59,12 @@ pub(super) fn command(guest: &Guest, uml: &Uml, initramfs: &Path, scratch: &Path
                 );
                 command.arg(format!("virtio_uml.device={}:{NET}", word(socket)?));
             }
-            Device::Ninep { .. }
+            // It takes as many queues as it uses, of a size of its own.
+            Device::Balloon { socket, .. } => {
+                command.arg(format!("virtio_uml.device={}:{BALLOON}", word(socket)?));
+            }
+            Device::BalloonInProcess { .. }
+            | Device::Ninep { .. }
             | Device::NinepInProcess { .. }
             | Device::Virtiofs { .. }
             | Device::Debian => {
