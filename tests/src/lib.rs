@@ -1,4 +1,5 @@
 //! What the integration tests, benches and the demo share.
+pub mod cgroup;
 pub mod daemon;
 pub mod demo;
 pub mod driver;
