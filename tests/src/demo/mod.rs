@@ -1,4 +1,5 @@
 //! The demo: starts the daemons, boots one guest on all of them, and tells what happens, a chapter per daemon.
+mod balloon;
 mod blk;
 mod net;
 mod ninep;
@@ -44,6 +45,8 @@ enum ChapterArg {
     /// vhost-user-9p: a directory of the host. Not with User Mode Linux, which has no 9p over virtio
     #[value(name = "9p")]
     Ninep,
+    /// vhost-user-balloon: memory that goes back to the host
+    Balloon,
 }
 
 impl ChapterArg {
@@ -59,6 +62,7 @@ impl ChapterArg {
             Self::Blk => Box::new(blk::Blk::start(vmm)?),
             Self::Net => Box::new(net::Net::start(vmm)?),
             Self::Ninep => Box::new(ninep::Ninep::start()?),
+            Self::Balloon => Box::new(balloon::Balloon::start()?),
         })
     }
 }
