@@ -139,9 +139,17 @@ fn receive_many(
     loop {
         // Not all at once: testpmd shares its processor with others, and what finds no room is lost.
         socket.blast(header, &[frame.to_vec()], 64, Duration::from_secs(1))?;
-        let stats = testpmd.stats()?;
+        let mut stats = testpmd.stats()?;
         if stats.rx_packets >= before.rx_packets + MANY {
-            return Ok(stats);
+            // Its packets and its bytes belong together when nothing comes any more.
+            loop {
+                let last = stats;
+                stats = testpmd.stats()?;
+                if stats == last {
+                    return Ok(stats);
+                }
+                ensure!(Instant::now() < deadline, "dpdk-testpmd does not come to rest: {stats:?}");
+            }
         }
         if Instant::now() >= deadline {
             bail!("dpdk-testpmd came from {before:?} to {stats:?}, no further");
