@@ -6,25 +6,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tests::driver::balloon::driver::narrow;
-use tests::driver::balloon::huge::{HugePages, available};
-use tests::driver::balloon::memory::{BLOCK, BLOCK_PAGES, Content, PAGE, Pages};
-use tests::driver::balloon::{Backing, BalloonFixture, Driver, Options, Role, Shape};
+use tests::driver::balloon::huge::{HugePages, MEMORY, available, driver_in_use, options};
+use tests::driver::balloon::memory::{BLOCK, BLOCK_PAGES, Content, PAGE};
+use tests::driver::balloon::{Backing, BalloonFixture, Role, Shape};
 
 /// Long enough for everything that is done a little later; what must not happen has not happened then.
 const A_WHILE: Duration = Duration::from_millis(100);
-/// Huge pages that the default memory takes.
-const MEMORY: u64 = 16;
-
-fn options() -> Options {
-    Options::default().shape(Shape::One(Backing::Huge))
-}
-
-fn setup(fixture: &BalloonFixture, options: &Options) -> Result<(Driver, Pages)> {
-    let driver = fixture.driver(options)?;
-    let pages = driver.pages.clone();
-    pages.mark_all(pages.all(), 1);
-    Ok((driver, pages))
-}
 
 /// Waits until the host has got back this many huge pages.
 fn wait_available(fixture: &BalloonFixture, count: u64) -> Result<()> {
@@ -41,7 +28,7 @@ fn whole_huge_pages_are_returned() -> Result<()> {
     let huge = HugePages::new(MEMORY)?;
     for shape in [Shape::One(Backing::Huge), Shape::Split(Backing::Huge)] {
         let fixture = BalloonFixture::plain()?;
-        let (mut driver, pages) = setup(&fixture, &options().shape(shape))?;
+        let (mut driver, pages) = driver_in_use(&fixture, &options().shape(shape))?;
         assert_eq!((available()?, pages.resident()?), (0, MEMORY * BLOCK));
         // One page after the other in requests of Linux, each of which has but a part of a huge page.
         driver.inflate_all(pages.block(0).chain(pages.block(2)).chain(pages.block(9)))?;
@@ -77,7 +64,7 @@ fn whole_huge_pages_are_returned() -> Result<()> {
 fn a_page_that_is_taken_back_has_its_huge_page_again() -> Result<()> {
     let huge = HugePages::new(MEMORY)?;
     let fixture = BalloonFixture::plain()?;
-    let (mut driver, pages) = setup(&fixture, &options())?;
+    let (mut driver, pages) = driver_in_use(&fixture, &options())?;
     driver.inflate_all(pages.block(0).chain(pages.block(1)))?;
     wait_available(&fixture, 2)?;
     // One small page brings the huge one back, and nobody else gets that.
@@ -106,7 +93,7 @@ fn a_deflation_waits_for_huge_pages() -> Result<()> {
     let fixture = BalloonFixture::plain()?;
     let control = fixture.control();
     let mut events = control.events()?;
-    let (mut driver, pages) = setup(&fixture, &options())?;
+    let (mut driver, pages) = driver_in_use(&fixture, &options())?;
     driver.give_stats(&[(4, 1)]);
     driver.inflate_all(pages.block(0).chain(pages.block(1)).chain(pages.block(2)))?;
     wait_available(&fixture, 3)?;
@@ -143,7 +130,7 @@ fn a_deflation_that_waits_outlives_a_stop() -> Result<()> {
     let huge = HugePages::new(MEMORY)?;
     for life in ["stopped", "reset", "reconnected", "ended"] {
         let fixture = BalloonFixture::plain()?;
-        let (mut driver, pages) = setup(&fixture, &options())?;
+        let (mut driver, pages) = driver_in_use(&fixture, &options())?;
         let mut events = fixture.control().events()?;
         driver.inflate_all(pages.block(0))?;
         wait_available(&fixture, 1)?;
@@ -187,7 +174,7 @@ fn a_deflation_that_waits_outlives_a_stop() -> Result<()> {
 fn reported_huge_pages_are_kept() -> Result<()> {
     let _huge = HugePages::new(MEMORY)?;
     let fixture = BalloonFixture::plain()?;
-    let (mut driver, pages) = setup(&fixture, &options())?;
+    let (mut driver, pages) = driver_in_use(&fixture, &options())?;
     driver.report(&[(pages.block(0).start, BLOCK_PAGES), (pages.block(3).start, 2 * BLOCK_PAGES)])?;
     thread::sleep(A_WHILE);
     assert_eq!(available()?, 0);
@@ -205,7 +192,7 @@ fn parts_of_huge_pages_keep_what_they_hold() -> Result<()> {
         let fixture = BalloonFixture::new(["--granularity", granularity])?;
         for feature in [None, Some(tests::driver::balloon::MUST_TELL_HOST)] {
             let options = feature.map_or(options(), |feature| options().without(feature));
-            let (mut driver, pages) = setup(&fixture, &options)?;
+            let (mut driver, pages) = driver_in_use(&fixture, &options)?;
             for index in 0..8 {
                 driver.inflate_all(pages.block(index).step_by(index + 2))?;
             }

@@ -6,28 +6,15 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde_json::json;
 use tests::driver::balloon::driver::narrow;
-use tests::driver::balloon::huge::{HugePages, available};
-use tests::driver::balloon::memory::{BLOCK, BLOCK_PAGES, Pages};
-use tests::driver::balloon::{Backing, BalloonFixture, Driver, MUST_TELL_HOST, Options, Role, Shape};
+use tests::driver::balloon::huge::{HugePages, MEMORY, available, driver_in_use, options};
+use tests::driver::balloon::memory::{BLOCK, BLOCK_PAGES};
+use tests::driver::balloon::{BalloonFixture, MUST_TELL_HOST, Options, Role};
 use tests::driver::usage::cpu_time;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 
 /// Long enough for everything that is done a little later; what must not happen has not happened then.
 const A_WHILE: Duration = Duration::from_millis(100);
-/// Huge pages that the default memory takes.
-const MEMORY: u64 = 16;
-
-fn huge() -> Options {
-    Options::default().shape(Shape::One(Backing::Huge))
-}
-
-fn setup(fixture: &BalloonFixture, options: &Options) -> Result<(Driver, Pages)> {
-    let driver = fixture.driver(options)?;
-    let pages = driver.pages.clone();
-    pages.mark_all(pages.all(), 1);
-    Ok((driver, pages))
-}
 
 /// Checks that the daemon does not use the processor.
 fn check_idle(fixture: &BalloonFixture, what: &str) -> Result<()> {
@@ -44,7 +31,7 @@ fn check_idle(fixture: &BalloonFixture, what: &str) -> Result<()> {
 fn huge_pages_in_larger_pieces_come_back_each_by_itself() -> Result<()> {
     let huge_pages = HugePages::new(MEMORY)?;
     let fixture = BalloonFixture::new(["--granularity", "4M"])?;
-    let (mut driver, pages) = setup(&fixture, &huge())?;
+    let (mut driver, pages) = driver_in_use(&fixture, &options())?;
     let mut events = fixture.control().events()?;
     driver.inflate_all(pages.block(0).chain(pages.block(1)))?;
     fixture.wait_until("huge pages are free", || Ok(available()? == 2))?;
@@ -69,7 +56,7 @@ fn huge_pages_in_larger_pieces_come_back_each_by_itself() -> Result<()> {
 fn nothing_is_given_back_between_two_drivers() -> Result<()> {
     let _huge_pages = HugePages::new(MEMORY)?;
     let fixture = BalloonFixture::plain()?;
-    let (mut driver, pages) = setup(&fixture, &huge().without(MUST_TELL_HOST))?;
+    let (mut driver, pages) = driver_in_use(&fixture, &options().without(MUST_TELL_HOST))?;
     // Kept, as this driver would use them without asking.
     driver.inflate_all(pages.block(0).chain(pages.block(1)))?;
     driver.stop()?;
@@ -115,7 +102,7 @@ fn what_cannot_go_on_is_not_tried_all_the_time() -> Result<()> {
     // A deflation waits for huge pages, and the guest is shut down.
     let huge_pages = HugePages::new(MEMORY)?;
     let fixture = BalloonFixture::plain()?;
-    let (mut driver, pages) = setup(&fixture, &huge())?;
+    let (mut driver, pages) = driver_in_use(&fixture, &options())?;
     let mut events = fixture.control().events()?;
     driver.inflate_all(pages.block(0))?;
     fixture.wait_until("a huge page is free", || Ok(available()? == 1))?;

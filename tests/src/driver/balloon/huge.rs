@@ -6,10 +6,28 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use nix::fcntl::{Flock, FlockArg};
 
-use super::memory::{BLOCK, Backing};
+use super::driver::{Driver, Options};
+use super::fixture::BalloonFixture;
+use super::memory::{BLOCK, Backing, Pages, Shape};
 use crate::driver::memory::SharedMemory;
 
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+
+/// Huge pages that the memory of [`options`] takes.
+pub const MEMORY: u64 = 16;
+
+/// A driver's options for memory of huge pages.
+pub fn options() -> Options {
+    Options::default().shape(Shape::One(Backing::Huge))
+}
+
+/// A driver all of whose memory is in use.
+pub fn driver_in_use(fixture: &BalloonFixture, options: &Options) -> Result<(Driver, Pages)> {
+    let driver = fixture.driver(options)?;
+    let pages = driver.pages.clone();
+    pages.mark_all(pages.all(), 1);
+    Ok((driver, pages))
+}
 
 /// Huge pages of 2 MiB that nobody else has. The pool gets its old size back when this is dropped.
 pub struct HugePages {
