@@ -26,6 +26,7 @@ use std::path::{Path, PathBuf};
 
 use serde::de::{self, Deserializer, IgnoredAny, Visitor};
 use serde::{Deserialize, Serialize};
+use vhost_user_daemon::cli;
 
 /// The guest's name that stands for all that are not named.
 const DEFAULTS: &str = "defaults";
@@ -192,7 +193,7 @@ impl<'de> Deserialize<'de> for Budget {
                 match text {
                     "auto" => Ok(Budget::Auto),
                     path if path.starts_with('/') => Ok(Budget::Cgroup(path.into())),
-                    size => match parse_size(size) {
+                    size => match cli::parse_bytes(size).ok() {
                         Some(bytes) if bytes > 0 => Ok(Budget::Bytes(bytes)),
                         _ => Err(E::invalid_value(de::Unexpected::Str(text), &self)),
                     },
@@ -377,11 +378,6 @@ fn line_of(text: &str, key: &str) -> Option<usize> {
     Some(line_at(text, tables.get(table)?.get(name)?.span().start))
 }
 
-/// Reads a size: a number with or without a unit, of which M and MiB mean the same.
-pub fn parse_size(text: &str) -> Option<u64> {
-    parse_size::Config::new().with_binary().parse_size(text).ok()
-}
-
 struct Size;
 
 impl Visitor<'_> for Size {
@@ -392,7 +388,7 @@ impl Visitor<'_> for Size {
     }
 
     fn visit_str<E: de::Error>(self, text: &str) -> Result<u64, E> {
-        parse_size(text).ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self))
+        cli::parse_bytes(text).map_err(|_| E::invalid_value(de::Unexpected::Str(text), &self))
     }
 
     fn visit_i64<E: de::Error>(self, number: i64) -> Result<u64, E> {

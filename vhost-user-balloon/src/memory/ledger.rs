@@ -195,8 +195,9 @@ impl Ledger {
                 let mut units: Vec<u64> = blocks.iter().flat_map(units_of).collect();
                 units.sort_unstable();
                 units.dedup();
-                if units.into_iter().any(|unit| fd.populate(unit * size, size).is_err()) {
-                    result = Err(NoHugePage);
+                for unit in units {
+                    // All are tried: somebody may be adding pages.
+                    result = result.and(fd.populate(unit * size, size).map_err(|_| NoHugePage));
                 }
             }
         }
@@ -373,11 +374,6 @@ impl Ledger {
     /// Why giving back failed at last, if it did since this was last called.
     pub fn take_failure(&mut self) -> Option<io::Error> {
         self.failure.take()
-    }
-
-    /// Whether a part of the guest's memory has huge pages of hugetlbfs.
-    pub fn has_huge_pages(&self) -> bool {
-        self.files.iter().any(|file| matches!(file.backing, Backing::Huge(_)))
     }
 
     /// The file of page `pfn`, and its page there, if all of it is memory of the guest.
