@@ -432,6 +432,36 @@ fn a_paused_guest_goes_on_with_its_balloon() -> Result<()> {
     Ok(())
 }
 
+/// QEMU's generic device dies of a notice while no driver uses it or the guest is paused.
+#[test]
+fn a_target_that_is_set_while_nobody_can_be_told_is_told_later() -> Result<()> {
+    let fixture = BalloonFixture::new(["--stats-interval", "0"])?;
+    let folder = TempDir::with_prefix("monitor-")?;
+    let monitor: &Path = &folder.path().join("qmp");
+    let script = "
+announce up
+await end
+";
+    let mut guest = guest(Vmm::Qemu, &fixture).monitor(monitor).script(script).spawn()?;
+    fixture.wait_until("QEMU has a monitor", || Ok(monitor.exists()))?;
+    let mut monitor = Monitor::connect(monitor)?;
+    let control = fixture.control();
+    // The guest's kernel is not there yet.
+    control.set_target(8 * MIB)?;
+    control.set_target(16 * MIB)?;
+    guest.wait_for("up", STEP)?;
+    wait_size(&fixture, 16)?;
+    for size in [64, 0, 32] {
+        monitor.execute("stop", &json!({}))?;
+        control.set_target(size * MIB)?;
+        monitor.execute("cont", &json!({}))?;
+        wait_size(&fixture, size)?;
+    }
+    guest.send("end")?;
+    finish(fixture, guest)?;
+    Ok(())
+}
+
 /// A guest without a daemon lives on; what is in the balloon stays there.
 #[test]
 fn a_guest_outlives_its_daemon() -> Result<()> {

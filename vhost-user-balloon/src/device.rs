@@ -22,6 +22,8 @@ use crate::worker::BalloonWorker;
 
 /// How long who sets a target may have to wait until it is in the state file.
 const SETTLE: Duration = Duration::from_millis(100);
+/// How long who sets a target may have to wait until the front end has read that there is a new one.
+const NOTICE: Duration = Duration::from_millis(250);
 
 /// How a balloon is offered.
 #[derive(Clone, Debug)]
@@ -133,6 +135,9 @@ impl Balloon {
         // Told again also if nothing has changed: a guest that took pages back because it was short of memory, or that gave
         // up, tries once more.
         self.notify();
+        if let Ok(false) = self.notifier.flush(NOTICE) {
+            warn_limited!("The front end has not read for {NOTICE:?} that the balloon has a new target");
+        }
         Ok(())
     }
 
@@ -172,6 +177,7 @@ impl Balloon {
                 releases: totals.calls,
                 release_us: totals.time.as_micros() as u64,
                 release_errors: totals.errors,
+                config_changes: self.notifier.sent(),
                 ..state.counters
             },
         }
@@ -229,13 +235,8 @@ impl Balloon {
 
     /// Makes the driver look at its target.
     fn notify(&self) {
-        match self.notifier.notify() {
-            Ok(true) => self.state().counters.config_changes += 1,
-            // The driver reads its target when it starts.
-            Ok(false) => {}
-            Err(error) => {
-                warn_limited!("The front end cannot be told of the balloon's new target: {error}");
-            }
+        if let Err(error) = self.notifier.notify() {
+            warn_limited!("The front end cannot be told of the balloon's new target: {error}");
         }
     }
 

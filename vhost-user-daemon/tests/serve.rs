@@ -12,18 +12,20 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use std::{env, fs};
 
+use rustix::io::ioctl_fionread;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
-use vhost::VhostBackend;
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserProtocolFeatures as ProtocolFeatures, VhostUserVirtioFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vhost_user_daemon::serve::ServeError;
 use vhost_user_daemon::socket::{Socket, SocketOptions};
 use vhost_user_daemon::{
     ConfigNotifier, Device, Progress, RING_FEATURES, ServeOptions, SharedRing, Worker, serve, serve_all,
 };
+use vmm_sys_util::eventfd::EventFd;
 
 const SET_FEATURES: u32 = 2;
 const SET_VRING_ENABLE: u32 = 18;
@@ -123,45 +125,122 @@ impl Served {
         front_end.set_features(features & !VhostUserVirtioFeatures::LOG_ALL.bits()).unwrap();
         front_end
     }
+
+    /// A front end with a channel, whose driver uses the device.
+    fn running_front_end(&self) -> (Frontend, UnixStream) {
+        let mut front_end = self.front_end();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        front_end.set_backend_request_fd(&theirs.as_raw_fd()).unwrap();
+        let memory = tempfile::tempfile().unwrap();
+        memory.set_len(0x3000).unwrap();
+        let region = VhostUserMemoryRegionInfo {
+            guest_phys_addr: 0,
+            memory_size: 0x3000,
+            userspace_addr: 0,
+            mmap_offset: 0,
+            mmap_handle: memory.as_raw_fd(),
+        };
+        front_end.set_mem_table(&[region]).unwrap();
+        start_ring(&mut front_end, 0);
+        (front_end, ours)
+    }
+}
+
+/// Starts a ring without chains.
+fn start_ring(front_end: &mut Frontend, index: usize) {
+    let ring = VringConfigData {
+        queue_max_size: 16,
+        queue_size: 16,
+        flags: 0,
+        desc_table_addr: 0,
+        used_ring_addr: 0x2000,
+        avail_ring_addr: 0x1000,
+        log_addr: None,
+    };
+    front_end.set_vring_num(index, 16).unwrap();
+    front_end.set_vring_addr(index, &ring).unwrap();
+    front_end.set_vring_base(index, 0).unwrap();
+    front_end.set_vring_kick(index, &EventFd::new(0).unwrap()).unwrap();
+    front_end.set_vring_enable(index, true).unwrap();
+    // The next answer comes after all of this was done.
+    front_end.get_features().unwrap();
+}
+
+/// Receives one `CONFIG_CHANGE_MSG`.
+fn receive_change(channel: &mut UnixStream) {
+    let mut message = [0u8; 12];
+    channel.read_exact(&mut message).unwrap();
+    let words: Vec<u32> =
+        message.chunks(4).map(|word| u32::from_ne_bytes(word.try_into().unwrap())).collect();
+    assert_eq!(words, [2, 1, 0], "CONFIG_CHANGE_MSG of version 1 without a body, that asks for no answer");
+}
+
+/// Nothing is there to be read.
+fn check_silent(channel: &UnixStream) {
+    assert_eq!(ioctl_fionread(channel).unwrap(), 0);
 }
 
 #[test]
 fn a_changed_configuration_reaches_the_front_end() {
     let served = Served::new();
-    assert!(!served.notifier.notify().unwrap(), "nobody is there to be told");
-    let mut front_end = served.front_end();
-    let (mut ours, theirs) = UnixStream::pair().unwrap();
-    front_end.set_backend_request_fd(&theirs.as_raw_fd()).unwrap();
-    // The next answer comes after the channel was taken over.
-    front_end.get_features().unwrap();
-
+    let (mut front_end, mut channel) = served.running_front_end();
+    check_silent(&channel);
     served.device.0.store(0x1234, Ordering::SeqCst);
     assert!(served.notifier.notify().unwrap());
-    let mut message = [0u8; 12];
-    ours.read_exact(&mut message).unwrap();
-    let words: Vec<u32> =
-        message.chunks(4).map(|word| u32::from_ne_bytes(word.try_into().unwrap())).collect();
-    assert_eq!(words, [2, 1, 0], "CONFIG_CHANGE_MSG of version 1 without a body, that asks for no answer");
+    receive_change(&mut channel);
     let flags = VhostUserConfigFlags::empty();
     assert_eq!(front_end.get_config(0, 8, flags, &[0; 8]).unwrap().1, 0x1234u64.to_le_bytes());
     // Behind the end of the configuration space there are zeroes, as many as were asked for.
     assert_eq!(front_end.get_config(7, 16, flags, &[0; 16]).unwrap().1, [0; 16]);
 }
 
+/// QEMU's generic device dies of a notification while the guest is paused or has no driver.
+#[test]
+fn a_change_is_told_when_there_is_a_driver_for_it() {
+    let served = Served::new();
+    assert!(!served.notifier.notify().unwrap(), "nobody is there to be told");
+    let (mut front_end, mut channel) = served.running_front_end();
+    receive_change(&mut channel);
+    start_ring(&mut front_end, 1);
+    check_silent(&channel);
+    // A queue that the driver does without for a while changes nothing.
+    front_end.set_vring_enable(1, false).unwrap();
+    front_end.get_features().unwrap();
+    assert!(served.notifier.notify().unwrap());
+    receive_change(&mut channel);
+
+    // All are disabled and stopped, in QEMU's order.
+    let stops: [fn(&mut Frontend); 2] = [
+        |front_end| front_end.set_vring_enable(0, false).unwrap(),
+        |front_end| assert_eq!(front_end.get_vring_base(0).unwrap(), 0),
+    ];
+    for stop in stops {
+        stop(&mut front_end);
+        front_end.get_features().unwrap();
+        assert!(!served.notifier.notify().unwrap());
+        assert!(!served.notifier.notify().unwrap());
+        front_end.get_features().unwrap();
+        check_silent(&channel);
+        start_ring(&mut front_end, 0);
+        receive_change(&mut channel);
+        check_silent(&channel);
+    }
+}
+
 #[test]
 fn the_channel_ends_with_the_front_end() {
     let served = Served::new();
     for _ in 0..3 {
-        let mut front_end = served.front_end();
-        let (_ours, theirs) = UnixStream::pair().unwrap();
-        front_end.set_backend_request_fd(&theirs.as_raw_fd()).unwrap();
-        front_end.get_features().unwrap();
+        let (front_end, mut channel) = served.running_front_end();
         assert!(served.notifier.notify().unwrap());
+        receive_change(&mut channel);
         drop(front_end);
-        // A new connection is served after the old one is cleared away.
-        drop(served.front_end());
-        served.front_end();
+        assert_eq!(channel.read(&mut [0]).unwrap(), 0, "the channel is closed");
         assert!(!served.notifier.notify().unwrap());
+        // A front end without a driver, and a channel, hears nothing of it.
+        drop(served.front_end());
+        let (_front_end, mut channel) = served.running_front_end();
+        receive_change(&mut channel);
     }
 }
 
@@ -169,13 +248,29 @@ fn the_channel_ends_with_the_front_end() {
 #[test]
 fn a_deaf_front_end_holds_nobody_up() {
     let served = Served::new();
-    let mut front_end = served.front_end();
-    let (_ours, theirs) = UnixStream::pair().unwrap();
-    front_end.set_backend_request_fd(&theirs.as_raw_fd()).unwrap();
+    let (front_end, mut channel) = served.running_front_end();
+    let sent = served.notifier.sent();
+    for _ in 0..100_000 {
+        assert!(served.notifier.notify().unwrap());
+    }
+    assert!(!served.notifier.flush(Duration::from_millis(10)).unwrap());
+    // It was waited for once.
+    assert!(!served.notifier.flush(10 * LIMIT).unwrap());
     front_end.get_features().unwrap();
-    let full = (0..1_000_000).find_map(|_| served.notifier.notify().err());
-    assert_eq!(full.unwrap().kind(), io::ErrorKind::WouldBlock);
-    front_end.get_features().unwrap();
+    // The one that it has not read does for all.
+    receive_change(&mut channel);
+    check_silent(&channel);
+    assert_eq!(served.notifier.sent(), sent + 1);
+
+    let reader = thread::spawn(move || {
+        receive_change(&mut channel);
+        channel
+    });
+    assert!(served.notifier.flush(LIMIT).unwrap());
+    assert!(served.notifier.notify().unwrap());
+    assert!(served.notifier.flush(LIMIT).unwrap());
+    check_silent(&reader.join().unwrap());
+    assert_eq!(served.notifier.sent(), sent + 2);
 }
 
 /// Sends a message with NEED_REPLY and gives the acknowledgement.

@@ -83,6 +83,8 @@ pub(crate) struct Link<D: Device> {
     status: u8,
     /// Which rings are enabled.
     enabled: Vec<bool>,
+    /// Which rings have a kick.
+    started: Vec<bool>,
     /// What to enable once the features are set: DPDK and QEMU 8.2 send `SET_VRING_ENABLE` before.
     early_enables: Vec<VringState>,
 }
@@ -113,6 +115,7 @@ impl<D: Device> Link<D> {
             front,
             inner,
             enabled: vec![false; device.num_queues()],
+            started: vec![false; device.num_queues()],
             device,
             log,
             inflight,
@@ -134,6 +137,7 @@ impl<D: Device> Link<D> {
     pub fn run(mut self) -> io::Result<()> {
         let result = self.greet().and_then(|()| self.serve());
         self.log.set_enabled(false);
+        self.notifier.set_running(false);
         self.notifier.set(None);
         result
     }
@@ -280,8 +284,9 @@ impl<D: Device> Link<D> {
             }
             request::SET_VRING_ENABLE => self.set_vring_enable(&message),
             request::GET_VRING_BASE => {
-                self.check_queue(body::<VringState>(&message)?.index)?;
-                self.relay_for_reply(&message).map(Answer::Reply)
+                let VringState { index, .. } = body(&message)?;
+                self.check_queue(index)?;
+                self.stop_ring(index).map(Answer::Reply)
             }
             request::GET_MAX_MEM_SLOTS => self.relay_for_reply(&message).map(Answer::Reply),
             // Gap of vhost: it wants at least one.
@@ -327,9 +332,11 @@ impl<D: Device> Link<D> {
         if message.request == request::SET_VRING_KICK && self.enabled[index as usize] {
             // Gap of vhost-user-backend: it looks at the new eventfd only when a ring starts.
             self.enable_ring(index, false)?;
+            self.started[index as usize] = true;
             self.relay(message)?;
             return self.enable_ring(index, true).map(|()| Answer::Done);
         }
+        self.started[index as usize] |= message.request == request::SET_VRING_KICK;
         self.relay(message).map(|()| Answer::Done)
     }
 
@@ -346,10 +353,18 @@ impl<D: Device> Link<D> {
 
     fn stop_rings(&mut self) -> Result<(), Refusal> {
         for index in 0..self.device.num_queues() as u32 {
-            let state = VringState { index, num: 0 };
-            self.relay_for_reply(&Message::new(request::GET_VRING_BASE, state.as_bytes()))?;
+            self.stop_ring(index)?;
         }
         Ok(())
+    }
+
+    /// Stops a ring, and returns the reply to the message that does so.
+    fn stop_ring(&mut self, index: u32) -> Result<Vec<u8>, Refusal> {
+        // A front end that stops one ring mostly is about to stop all.
+        self.notifier.set_running(false);
+        self.started[index as usize] = false;
+        let state = VringState { index, num: 0 };
+        self.relay_for_reply(&Message::new(request::GET_VRING_BASE, state.as_bytes()))
     }
 
     fn get_features(&mut self) -> Result<Answer, Refusal> {
@@ -405,11 +420,18 @@ impl<D: Device> Link<D> {
 
     fn enable_ring(&mut self, index: u32, enable: bool) -> Result<(), Refusal> {
         let state = VringState { index, num: enable.into() };
-        self.relay(Message::new(request::SET_VRING_ENABLE, state.as_bytes()))?;
         self.enabled[index as usize] = enable;
+        let is_running =
+            self.enabled.iter().zip(&self.started).any(|(enabled, started)| *enabled && *started);
+        if !is_running {
+            self.notifier.set_running(false);
+        }
+        self.relay(Message::new(request::SET_VRING_ENABLE, state.as_bytes()))?;
         if !enable {
             // The stock crates tell a worker only of the contrary.
             (self.nudge)(index as usize);
+        } else if is_running {
+            self.notifier.set_running(true);
         }
         Ok(())
     }
