@@ -262,11 +262,12 @@ fn a_deaf_front_end_holds_nobody_up() {
     check_silent(&channel);
     assert_eq!(served.notifier.sent(), sent + 1);
 
+    // From then on it is waited for again.
     let reader = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(50));
         receive_change(&mut channel);
         channel
     });
-    assert!(served.notifier.flush(LIMIT).unwrap());
     assert!(served.notifier.notify().unwrap());
     assert!(served.notifier.flush(LIMIT).unwrap());
     check_silent(&reader.join().unwrap());

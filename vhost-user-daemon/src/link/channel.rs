@@ -102,6 +102,7 @@ impl Channel {
         if self.is_read()? {
             Message::new(CONFIG_CHANGE_MSG, []).send(stream)?;
             self.sent += 1;
+            self.is_deaf = false;
         }
         self.is_due = false;
         Ok(true)
