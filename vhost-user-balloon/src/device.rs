@@ -22,8 +22,6 @@ use crate::worker::BalloonWorker;
 
 /// How long who sets a target may have to wait until it is in the state file.
 const SETTLE: Duration = Duration::from_millis(100);
-/// How long who sets a target may have to wait until the front end has read that there is a new one.
-const NOTICE: Duration = Duration::from_millis(250);
 
 /// How a balloon is offered.
 #[derive(Clone, Debug)]
@@ -134,10 +132,7 @@ impl Balloon {
         }
         // Told again also if nothing has changed: a guest that took pages back because it was short of memory, or that gave
         // up, tries once more.
-        self.notify();
-        if let Ok(false) = self.notifier.flush(NOTICE) {
-            warn_limited!("The front end has not read for {NOTICE:?} that the balloon has a new target");
-        }
+        self.notifier.notify();
         Ok(())
     }
 
@@ -233,13 +228,6 @@ impl Balloon {
         changed
     }
 
-    /// Makes the driver look at its target.
-    fn notify(&self) {
-        if let Err(error) = self.notifier.notify() {
-            warn_limited!("The front end cannot be told of the balloon's new target: {error}");
-        }
-    }
-
     fn save(&self, state: &State) {
         if let Some(file) = &self.state_file {
             file.save(Saved {
@@ -262,7 +250,7 @@ impl Balloon {
         }
         if self.update_target(&mut state) {
             drop(state);
-            self.notify();
+            self.notifier.notify();
         }
     }
 

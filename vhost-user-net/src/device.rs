@@ -273,7 +273,7 @@ impl Nic {
     pub fn set_link(&self, up: bool) {
         if self.link_up.swap(up, Ordering::SeqCst) != up {
             info_limited!("The link is {}", if up { "up" } else { "down" });
-            self.notify();
+            self.notifier.notify();
         }
     }
 
@@ -302,12 +302,6 @@ impl Nic {
     /// Guests to be announced, and forgotten here.
     pub fn take_announcements(&self) -> Vec<[u8; 6]> {
         std::mem::take(&mut *lock(&self.announcements))
-    }
-
-    fn notify(&self) {
-        if let Err(error) = self.notifier.notify() {
-            warn_limited!("The front end does not take notice of the link's state: {error}");
-        }
     }
 
     fn ring_doorbells(&self) {
@@ -405,7 +399,7 @@ impl Network for Nic {
         let acked = self.acked();
         if acked.has(VIRTIO_NET_F_GUEST_ANNOUNCE) && acked.has(VIRTIO_NET_F_CTRL_VQ) {
             self.announce.store(true, Ordering::SeqCst);
-            self.notify();
+            self.notifier.notify();
         }
         let mut announcements = lock(&self.announcements);
         // Told again and again by a front end, while no worker takes notice, this is once.

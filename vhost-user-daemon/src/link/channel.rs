@@ -1,115 +1,161 @@
 //! The channel from the back end to the front end (vhost-user text, "Back-end message types").
+//!
+//! QEMU's `vhost-user-test-device-pci` (11.1) ends by a segmentation fault when `CONFIG_CHANGE_MSG` comes while the guest is
+//! paused or no driver uses the device. Not to send it then is not enough: QEMU reads this channel in its main loop, and
+//! what was sent to a running device may be read when that has been stopped.
+//!
+//! So the message goes in two parts. Who has read a first byte waits for the rest, and QEMU does so under the lock that
+//! it needs to stop or start a device. When the byte is read, nothing can change any more, and all that was changed
+//! before is known here, as QEMU stops a ring by a message that it awaits the answer of. The rest makes
+//! the message the one that was meant, or, if the device was stopped meanwhile, one that QEMU does not know and does
+//! nothing about but say so.
 
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::wire::Message;
 use crate::{sys, warn_limited};
 
 /// `VHOST_USER_BACKEND_CONFIG_CHANGE_MSG`.
 const CONFIG_CHANGE_MSG: u32 = 2;
-/// How often [`ConfigNotifier::flush`] looks.
-const PACE: Duration = Duration::from_millis(1);
+/// No message: the highest number that begins with the same byte.
+const VOID_MSG: u32 = u32::from_le_bytes([CONFIG_CHANGE_MSG as u8, 0xff, 0xff, 0x7f]);
+/// How often it is looked whether the front end has read, at first and at last. QEMU stands still meanwhile.
+const PACE: [Duration; 2] = [Duration::from_micros(50), Duration::from_millis(5)];
 
 /// Tells the front end that the configuration space changed, so that the guest's driver reads it again: the new size
 /// of a disk, the new target of a balloon.
 ///
-/// This goes out only while a driver uses the device: QEMU's `vhost-user-test-device-pci` (11.1) ends by a segmentation
-/// fault when it comes while the guest is paused, or has no driver yet. What was not sent then is sent when the first
-/// ring starts.
+/// This goes out only while a driver uses the device. What was not sent then is sent when the first ring starts.
 ///
 /// Clones share the channel, which comes and goes with the front end.
 #[derive(Clone, Debug, Default)]
-pub struct ConfigNotifier(Arc<Mutex<Channel>>);
+pub struct ConfigNotifier(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    channel: Mutex<Channel>,
+    /// Something of the channel is another than before.
+    changed: Condvar,
+}
 
 #[derive(Debug, Default)]
 struct Channel {
-    stream: Option<UnixStream>,
+    stream: Option<Arc<UnixStream>>,
     /// A driver uses the device.
     running: bool,
-    /// A notification waits for that.
+    /// The front end waits for the rest of a message when it has read the first part.
+    in_parts: bool,
+    /// A notification is to be sent.
     is_due: bool,
-    /// The front end was waited for in vain, and has not read since.
-    is_deaf: bool,
     sent: u64,
 }
 
 impl ConfigNotifier {
-    /// Sends the notification, without waiting for an answer: some front ends serve this channel only now and then. One
-    /// that is not read yet does for this, too.
-    ///
-    /// `Ok(false)` when no driver can be told now, or the front end never gave a channel; it is told when it starts or
-    /// goes on. Fails when the front end has closed its end.
-    pub fn notify(&self) -> io::Result<bool> {
-        let mut channel = self.lock();
-        channel.is_due = true;
-        channel.send()
-    }
-
-    /// Waits until the front end has read what was sent, but no longer than `limit`; whether it has. A front end that was
-    /// waited for in vain is not waited for again until it has read.
-    ///
-    /// Front ends read this channel in the thread that also pauses the guest. What they have not read by then is what
-    /// QEMU dies of, so who asked for a change should hear that it is done only afterwards.
-    pub fn flush(&self, limit: Duration) -> io::Result<bool> {
-        let deadline = Instant::now() + limit;
-        // The lock is not held while it sleeps: the front end may send a message that needs it before it reads.
-        while !self.lock().is_read()? {
-            if self.lock().is_deaf || Instant::now() >= deadline {
-                self.lock().is_deaf = true;
-                return Ok(false);
-            }
-            thread::sleep(PACE);
-        }
-        self.lock().is_deaf = false;
-        Ok(true)
+    /// Has the notification sent. Waits for nothing: some front ends serve this channel only now and then. One that is not
+    /// read yet does for this, too, and if no driver uses the device it is told when one does.
+    pub fn notify(&self) {
+        self.change(|channel| channel.is_due = true);
     }
 
     /// How many notifications were sent.
     pub fn sent(&self) -> u64 {
-        self.lock().sent
+        self.0.lock().sent
     }
 
-    /// Takes over the channel of a new front end, or forgets it.
-    pub(super) fn set(&self, stream: Option<UnixStream>) {
-        let mut channel = self.lock();
-        (channel.stream, channel.is_deaf) = (stream, false);
+    /// Takes over the channel of a new front end.
+    pub(super) fn open(&self, stream: UnixStream) -> io::Result<()> {
+        let stream = Arc::new(stream);
+        let (shared, its) = (Arc::clone(&self.0), Arc::clone(&stream));
+        self.change(|channel| channel.stream = Some(stream));
+        thread::Builder::new().name("notifier".into()).spawn(move || {
+            if let Err(error) = shared.serve(&its) {
+                warn_limited!("The front end cannot be told that the configuration has changed: {error}");
+            }
+        })?;
+        Ok(())
     }
 
-    /// A driver uses the device, or does not any more.
-    pub(super) fn set_running(&self, running: bool) {
-        let mut channel = self.lock();
-        channel.running = running;
-        if let Err(error) = channel.send() {
-            warn_limited!("The front end cannot be told that the configuration has changed: {error}");
-        }
+    /// Forgets the channel.
+    pub(super) fn close(&self) {
+        self.change(|channel| (channel.stream, channel.running) = (None, false));
     }
 
+    /// A driver uses the device. `in_parts`: the front end waits for the rest of a message when it has read a part.
+    pub(super) fn start(&self, in_parts: bool) {
+        self.change(|channel| (channel.running, channel.in_parts) = (true, in_parts));
+    }
+
+    /// No driver uses the device any more. To be called before the front end hears that it was stopped.
+    pub(super) fn stop(&self) {
+        self.change(|channel| channel.running = false);
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Channel)) {
+        change(&mut self.0.lock());
+        self.0.changed.notify_all();
+    }
+}
+
+impl Shared {
     fn lock(&self) -> MutexGuard<'_, Channel> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.channel.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends what is due until the channel is another one, or closed.
+    fn serve(&self, stream: &Arc<UnixStream>) -> io::Result<()> {
+        while let Some(in_parts) = self.wait_due(stream) {
+            let message = Message::new(CONFIG_CHANGE_MSG, []).to_bytes();
+            let (first, rest) = message.split_at(usize::from(in_parts));
+            Message::send_part(stream, first)?;
+            if !self.wait_read(stream)? {
+                break;
+            }
+            let mut channel = self.lock();
+            if channel.running {
+                channel.is_due = false;
+                channel.sent += 1;
+                Message::send_part(stream, rest)?;
+            } else if in_parts {
+                let void = Message::new(VOID_MSG, []).to_bytes();
+                // It may have closed the channel.
+                let _ = Message::send_part(stream, &void[first.len()..]);
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until something is to be sent; `None` if this channel is not the one any more.
+    fn wait_due(&self, stream: &Arc<UnixStream>) -> Option<bool> {
+        let mut channel = self.lock();
+        while channel.has(stream) {
+            if channel.running && channel.is_due {
+                return Some(channel.in_parts);
+            }
+            channel = self.changed.wait(channel).unwrap_or_else(PoisonError::into_inner);
+        }
+        None
+    }
+
+    /// Waits until the front end has read all; `false` if this channel is not the one any more.
+    fn wait_read(&self, stream: &Arc<UnixStream>) -> io::Result<bool> {
+        let [mut pace, longest] = PACE;
+        while sys::unread_bytes(&**stream)? > 0 {
+            if !self.lock().has(stream) {
+                return Ok(false);
+            }
+            thread::sleep(pace);
+            pace = longest.min(2 * pace);
+        }
+        Ok(true)
     }
 }
 
 impl Channel {
-    /// Sends what is due if it can be sent now.
-    fn send(&mut self) -> io::Result<bool> {
-        let Some(stream) = self.stream.as_ref().filter(|_| self.running && self.is_due) else {
-            return Ok(false);
-        };
-        if self.is_read()? {
-            Message::new(CONFIG_CHANGE_MSG, []).send(stream)?;
-            self.sent += 1;
-            self.is_deaf = false;
-        }
-        self.is_due = false;
-        Ok(true)
-    }
-
-    /// Whether the front end has nothing left to read.
-    fn is_read(&self) -> io::Result<bool> {
-        self.stream.as_ref().map_or(Ok(true), |stream| Ok(sys::unread_bytes(stream)? == 0))
+    fn has(&self, stream: &Arc<UnixStream>) -> bool {
+        self.stream.as_ref().is_some_and(|own| Arc::ptr_eq(own, stream))
     }
 }

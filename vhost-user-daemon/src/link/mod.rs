@@ -137,8 +137,7 @@ impl<D: Device> Link<D> {
     pub fn run(mut self) -> io::Result<()> {
         let result = self.greet().and_then(|()| self.serve());
         self.log.set_enabled(false);
-        self.notifier.set_running(false);
-        self.notifier.set(None);
+        self.notifier.close();
         result
     }
 
@@ -361,7 +360,7 @@ impl<D: Device> Link<D> {
     /// Stops a ring, and returns the reply to the message that does so.
     fn stop_ring(&mut self, index: u32) -> Result<Vec<u8>, Refusal> {
         // A front end that stops one ring mostly is about to stop all.
-        self.notifier.set_running(false);
+        self.notifier.stop();
         self.started[index as usize] = false;
         let state = VringState { index, num: 0 };
         self.relay_for_reply(&Message::new(request::GET_VRING_BASE, state.as_bytes()))
@@ -370,11 +369,15 @@ impl<D: Device> Link<D> {
     fn get_features(&mut self) -> Result<Answer, Refusal> {
         // User Mode Linux has no GET_VRING_BASE, and without the bit no SET_VRING_ENABLE either. When its driver goes, it
         // only asks this once more, as a barrier, and the memory of the rings is used for other things then.
-        let can_disable = self.acked_features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0;
-        if self.features_set && !can_disable {
+        if self.features_set && !self.acked_protocol_bit() {
             self.stop_rings()?;
         }
         Ok(Answer::Reply(self.features.as_bytes().into()))
+    }
+
+    /// Whether the front end acknowledged that it knows `SET_VRING_ENABLE` (bit 30).
+    fn acked_protocol_bit(&self) -> bool {
+        self.acked_features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0
     }
 
     fn set_features(&mut self, message: &Message) -> Result<Answer, Refusal> {
@@ -424,14 +427,15 @@ impl<D: Device> Link<D> {
         let is_running =
             self.enabled.iter().zip(&self.started).any(|(enabled, started)| *enabled && *started);
         if !is_running {
-            self.notifier.set_running(false);
+            self.notifier.stop();
         }
         self.relay(Message::new(request::SET_VRING_ENABLE, state.as_bytes()))?;
         if !enable {
             // The stock crates tell a worker only of the contrary.
             (self.nudge)(index as usize);
         } else if is_running {
-            self.notifier.set_running(true);
+            // User Mode Linux, which never acknowledges the bit, loses what it has read of a message in parts.
+            self.notifier.start(self.acked_protocol_bit());
         }
         Ok(())
     }
@@ -514,8 +518,8 @@ impl<D: Device> Link<D> {
             .set_nonblocking(true)
             .and_then(|()| stream.peer_addr().map(drop))
             .map_err(|error| Refusal::new(format!("Backend channel is no connected socket: {error}")))?;
-        self.notifier.set(Some(stream));
-        Ok(Answer::Done)
+        let opened = self.notifier.open(stream);
+        opened.map(|()| Answer::Done).map_err(|error| Refusal::new(format!("No thread for it: {error}")))
     }
 
     fn check_queue(&self, index: u32) -> Result<(), Refusal> {

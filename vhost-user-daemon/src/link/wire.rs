@@ -82,13 +82,23 @@ impl Message {
 
     /// Sends the message as a request.
     pub fn send(&self, stream: &UnixStream) -> io::Result<()> {
+        send_with_fds(stream, &self.to_bytes(), &self.fds)
+    }
+
+    /// The message as a request, without its file descriptors.
+    pub fn to_bytes(&self) -> Vec<u8> {
         let need_reply = if self.need_reply { FLAG_NEED_REPLY } else { 0 };
-        send(stream, self.request, VERSION | need_reply, &self.body, &self.fds)
+        encode(self.request, VERSION | need_reply, &self.body)
+    }
+
+    /// Sends a part of the bytes of a message.
+    pub fn send_part(stream: &UnixStream, bytes: &[u8]) -> io::Result<()> {
+        send_with_fds(stream, bytes, &[])
     }
 
     /// Sends `body` and `fds` as the reply to this request.
     pub fn reply(&self, stream: &UnixStream, body: &[u8], fds: &[OwnedFd]) -> io::Result<()> {
-        send(stream, self.request, VERSION | FLAG_REPLY, body, fds)
+        send_with_fds(stream, &encode(self.request, VERSION | FLAG_REPLY, body), fds)
     }
 }
 
@@ -126,9 +136,12 @@ fn receive_with_fds(stream: &UnixStream, buf: &mut [u8], fds: &mut Vec<OwnedFd>)
     Ok(received.bytes)
 }
 
-fn send(stream: &UnixStream, request: u32, flags: u32, body: &[u8], fds: &[OwnedFd]) -> io::Result<()> {
+fn encode(request: u32, flags: u32, body: &[u8]) -> Vec<u8> {
     let header = Header { request, flags, size: body.len() as u32 };
-    let bytes = [header.as_bytes(), body].concat();
+    [header.as_bytes(), body].concat()
+}
+
+fn send_with_fds(stream: &UnixStream, bytes: &[u8], fds: &[OwnedFd]) -> io::Result<()> {
     let borrowed: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
     let mut sent = 0;
     while sent < bytes.len() {
