@@ -129,7 +129,8 @@ pub struct Counters {
     pub duplicates: u64,
     /// Chains that were no request.
     pub malformed: u64,
-    /// Pages that the guest took back although it was not asked to, most likely because it was short of memory.
+    /// Pages that the guest took back although it was not asked to, most likely because it was short of memory; or
+    /// because it unloaded the driver, or was suspended.
     pub oom_deflated_bytes: u64,
     /// Deflations that had to wait for huge pages.
     pub deflates_held: u64,
@@ -137,7 +138,8 @@ pub struct Counters {
     pub throttled: u64,
     /// How often the driver was told to look at its target.
     pub config_changes: u64,
-    /// How often a driver started from nothing: boots, reboots, module loads.
+    /// How often a driver started from nothing: boots, reboots, module loads. The end of a pause looks the same if the
+    /// guest had given nothing yet.
     pub driver_starts: u64,
 }
 
