@@ -443,7 +443,6 @@ announce up
 await end
 ";
     let mut guest = guest(Vmm::Qemu, &fixture).monitor(monitor).script(script).spawn()?;
-    fixture.wait_until("QEMU has a monitor", || Ok(monitor.exists()))?;
     let mut monitor = Monitor::connect(monitor)?;
     let control = fixture.control();
     // The guest's kernel is not there yet.

@@ -195,6 +195,7 @@ pub struct Guest {
     may_reboot: bool,
     new_root: Option<String>,
     huge_pages: bool,
+    hot_plug: bool,
     monitor: Option<PathBuf>,
 }
 
@@ -215,6 +216,7 @@ impl Guest {
             may_reboot: false,
             new_root: None,
             huge_pages: false,
+            hot_plug: false,
             monitor: None,
         }
     }
@@ -301,6 +303,14 @@ impl Guest {
     #[must_use]
     pub fn huge_pages(mut self) -> Self {
         self.huge_pages = true;
+        self
+    }
+
+    /// Lets QEMU add memory while it runs, and remove and add its balloon: that is the device `balloon` on the bus `root-port`
+    /// then, with the character device `device0` if it is the first of all. Only QEMU can.
+    #[must_use]
+    pub fn hot_plug(mut self) -> Self {
+        self.hot_plug = true;
         self
     }
 

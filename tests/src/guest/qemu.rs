@@ -12,6 +12,9 @@ use crate::provision::{self, Kernel, Qemu};
 /// A kernel that KVM runs boots in a second or two.
 const PROBE_LIMIT: Duration = Duration::from_secs(10);
 
+/// What a guest that can be given memory can be given, MiB.
+const MEMORY_TO_COME: u32 = 1024;
+
 /// Virtio's number for memory balloons.
 const BALLOON: u32 = 5;
 /// The length of a balloon's configuration.
@@ -61,7 +64,8 @@ pub(super) fn command(guest: &Guest, kernel: &Kernel, initramfs: &Path) -> Resul
             }
             Device::Balloon { socket, options } => {
                 command.arg("-chardev").arg(chardev(&id, socket, None)?);
-                command.arg("-device").arg(balloon_device(&id, *options));
+                let place = if guest.hot_plug { ",id=balloon,bus=root-port" } else { "" };
+                command.arg("-device").arg(balloon_device(&id, *options) + place);
             }
             Device::BalloonInProcess { device } => {
                 command.arg("-device").arg(format!("virtio-balloon-pci,id=balloon{device}"));
@@ -134,7 +138,12 @@ fn machine(guest: &Guest, qemu: &Qemu, kernel: &Kernel, initramfs: &Path, accele
     command.args(["-M", "q35,memory-backend=memory", "-cpu", "max", "-accel", accelerator]);
     let huge = if guest.huge_pages { ",hugetlb=on,hugetlbsize=2M" } else { "" };
     command.arg("-object").arg(format!("memory-backend-memfd,id=memory,size={memory}M,share=on{huge}"));
-    command.arg("-m").arg(format!("{memory}M")).arg("-smp").arg(guest.cpus.to_string());
+    let slots =
+        if guest.hot_plug { format!(",slots=4,maxmem={}M", memory + MEMORY_TO_COME) } else { String::new() };
+    command.arg("-m").arg(format!("{memory}M{slots}")).arg("-smp").arg(guest.cpus.to_string());
+    if guest.hot_plug {
+        command.args(["-device", "pcie-root-port,id=root-port,chassis=1"]);
+    }
     // Should this process be killed, the guest goes with it.
     command.args(["-run-with", "exit-with-parent=on"]);
     command.args(["-chardev", "file,id=console,path=/proc/self/fd/2", "-serial", "chardev:console"]);
