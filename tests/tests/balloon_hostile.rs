@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use tests::driver::balloon::driver::narrow;
-use tests::driver::balloon::memory::{PAGE, Pages};
+use tests::driver::balloon::memory::{BLOCK, BLOCK_PAGES, PAGE, Pages};
 use tests::driver::balloon::{Backing, BalloonFixture, Driver, MUST_TELL_HOST, Options, Role, Shape};
 use tests::driver::ring::{Desc, INDIRECT, NEXT, Next, linked};
 use tests::driver::usage::{Footprint, cpu_time};
@@ -216,6 +216,27 @@ fn a_report_of_everything_again_and_again_comes_back() -> Result<()> {
     }
     driver.check_serves()?;
     fixture.stop()
+}
+
+/// What waits for being given back has to be done before a queue stops, and until then its front end waits.
+#[test]
+fn little_is_left_to_be_given_back_however_it_comes() -> Result<()> {
+    const MOST: u64 = 512 * BLOCK;
+    let fixture = BalloonFixture::plain()?;
+    let driver = Options { rest: 4 * MOST, ..Options::default() };
+    let mut driver = fixture.driver(&driver)?;
+    let all = driver.pages.all();
+    // No two pages of a request are of the same block, and no two are neighbours.
+    let given: Vec<u64> = (0..BLOCK_PAGES as usize)
+        .step_by(2)
+        .flat_map(|first| all.iter().copied().skip(first).step_by(BLOCK_PAGES as usize))
+        .collect();
+    for chunk in given.chunks(16_000) {
+        driver.inflate(chunk)?;
+    }
+    let pending = fixture.control().number("pending_bytes")?;
+    assert!(pending < MOST, "{pending} of {} bytes wait", given.len() as u64 * PAGE);
+    driver.stop()
 }
 
 #[test]

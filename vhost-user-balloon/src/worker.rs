@@ -414,16 +414,17 @@ impl BalloonWorker {
     }
 
     /// What of the balloon may be given back now.
-    fn urgency(&self, ledger: &Ledger) -> Urgency {
-        let all =
-            self.draining || self.last_inflate.elapsed() >= QUIET || ledger.pending_blocks() > MAX_PENDING;
+    fn urgency(&self) -> Urgency {
+        let all = self.draining || self.last_inflate.elapsed() >= QUIET;
         if all { Urgency::All } else { Urgency::Complete }
     }
 
-    /// Gives one block back. `true` if there was one.
+    /// Gives one block back, and those that are too many to wait: a queue stops only when none is left. `true` if there was
+    /// one.
     fn give_back(&self, ledger: &mut Ledger) -> bool {
-        let urgency = self.urgency(ledger);
-        ledger.release(urgency).is_some()
+        let any = ledger.release(self.urgency()).is_some();
+        while ledger.pending_blocks() > MAX_PENDING && ledger.release(Urgency::All).is_some() {}
+        any
     }
 }
 
