@@ -377,6 +377,11 @@ impl Device for Balloon {
         true
     }
 
+    fn drains_when_disabled(&self) -> bool {
+        // The next driver may use what this one gave. Some front ends only disable the queues of a driver that goes.
+        true
+    }
+
     fn max_queue_size(&self) -> u16 {
         // The largest of the virtio text: crosvm uses what it is offered without asking.
         32_768

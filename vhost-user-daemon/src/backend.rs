@@ -182,6 +182,19 @@ impl<D: Device> Backend<D> {
         self.group(queue).nudge();
     }
 
+    /// The front end is about to disable `queue`.
+    pub fn disable(&self, queue: usize) {
+        if self.device.drains_when_disabled() {
+            self.group(queue).claim(|queues| {
+                // In one step, or the worker could look in between, and find a queue that is gone.
+                if let Some(ring) = queues.rings.get(queue % self.queues_per_worker) {
+                    ring.lock().disable();
+                }
+                queues.drain();
+            });
+        }
+    }
+
     /// Pops nothing more, and completes what is in flight, however long it takes.
     pub fn stop(&self) {
         self.stopped.store(true, Ordering::SeqCst);

@@ -45,6 +45,12 @@ pub trait Device: Send + Sync + 'static {
         false
     }
 
+    /// Whether all that its worker has [in flight](Worker::in_flight) is completed before a queue is disabled, and not only
+    /// before it is stopped: what the driver did before is not to be acted upon later.
+    fn drains_when_disabled(&self) -> bool {
+        false
+    }
+
     /// The messages of the vhost-user text that only network devices get, if this is one.
     fn network(&self) -> Option<&dyn Network> {
         None

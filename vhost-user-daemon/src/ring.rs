@@ -276,6 +276,11 @@ impl Ring {
         }
     }
 
+    /// Pops nothing more until the front end enables the ring again.
+    pub(crate) fn disable(&self) {
+        self.vring.set_enabled(false);
+    }
+
     /// Leaves the ring as one that wants every kick: another back end may take it over. Also while it is stopped. What
     /// was popped and not completed goes back.
     pub(crate) fn release(&mut self) {

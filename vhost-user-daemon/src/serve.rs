@@ -268,7 +268,7 @@ impl<D: Device> Connection<D> {
             Arc::clone(&log),
             Arc::clone(&inflight),
         )?);
-        let stopping = Arc::clone(&backend);
+        let (nudging, disabling) = (Arc::clone(&backend), Arc::clone(&backend));
         let link = Link::new(LinkParts {
             front: front.try_clone()?,
             inner,
@@ -276,7 +276,8 @@ impl<D: Device> Connection<D> {
             log,
             inflight,
             notifier: notifier.clone(),
-            nudge: Box::new(move |queue| stopping.nudge(queue)),
+            nudge: Box::new(move |queue| nudging.nudge(queue)),
+            disable: Box::new(move |queue| disabling.disable(queue)),
         });
 
         let mut daemon = VhostUserDaemon::new("vhost-user".into(), Arc::clone(&backend), memory)

@@ -68,6 +68,7 @@ pub(crate) struct Link<D: Device> {
     inflight: SharedInflight,
     notifier: ConfigNotifier,
     nudge: Box<dyn Fn(usize) + Send>,
+    disable: Box<dyn Fn(usize) + Send>,
     features: u64,
     protocol_features: ProtocolFeatures,
     acked_protocol_features: ProtocolFeatures,
@@ -105,12 +106,14 @@ pub(crate) struct LinkParts<D> {
     pub notifier: ConfigNotifier,
     /// Makes the worker of a queue look at it again.
     pub nudge: Box<dyn Fn(usize) + Send>,
+    /// Called before a queue is disabled.
+    pub disable: Box<dyn Fn(usize) + Send>,
 }
 
 impl<D: Device> Link<D> {
     /// Joins the front end to the stock daemon.
     pub fn new(parts: LinkParts<D>) -> Self {
-        let LinkParts { front, inner, device, log, inflight, notifier, nudge } = parts;
+        let LinkParts { front, inner, device, log, inflight, notifier, nudge, disable } = parts;
         Self {
             front,
             inner,
@@ -121,6 +124,7 @@ impl<D: Device> Link<D> {
             inflight,
             notifier,
             nudge,
+            disable,
             features: 0,
             acked_features: 0,
             regions: Vec::new(),
@@ -428,6 +432,9 @@ impl<D: Device> Link<D> {
             self.enabled.iter().zip(&self.started).any(|(enabled, started)| *enabled && *started);
         if !is_running {
             self.notifier.stop();
+        }
+        if !enable {
+            (self.disable)(index as usize);
         }
         self.relay(Message::new(request::SET_VRING_ENABLE, state.as_bytes()))?;
         if !enable {
