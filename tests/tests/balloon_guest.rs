@@ -44,6 +44,13 @@ fn wait_resident(fixture: &BalloonFixture, guest: &Running, what: &str, most: u6
     waited.with_context(|| format!("The host holds {} MiB instead of {}", last / MIB, most / MIB))
 }
 
+/// Waits until the daemon has seen the driver, which the guest may say before.
+fn wait_driver(fixture: &BalloonFixture) -> Result<()> {
+    fixture.wait_until_for(STEP, "the driver is seen", || {
+        Ok(fixture.control().status()?["activity"] != "absent")
+    })
+}
+
 /// Nothing bad was said, and the daemon ends well.
 fn finish(fixture: BalloonFixture, guest: Running) -> Result<tests::guest::Report> {
     let counters = fixture.control().status()?["counters"].clone();
@@ -133,6 +140,7 @@ await end
 ";
     let mut guest = guest(vmm, &fixture).script(script).spawn().unwrap();
     guest.wait_for("up", STEP).unwrap();
+    wait_driver(&fixture).unwrap();
     let control = fixture.control();
     let fresh = || control.get("/v1/statistics?fresh=1&timeout_ms=15000");
     let number =
@@ -174,6 +182,7 @@ await end
 ";
     let mut guest = guest(vmm, &fixture).script(script).spawn().unwrap();
     guest.wait_for("up", STEP).unwrap();
+    wait_driver(&fixture).unwrap();
     let control = fixture.control();
     let available = control.get("/v1/statistics?fresh=1&timeout_ms=15000").unwrap();
     let available = available["available_memory"].as_u64().unwrap();
