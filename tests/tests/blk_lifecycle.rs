@@ -215,6 +215,18 @@ fn an_idle_daemon_uses_no_cpu() -> Result<()> {
     Ok(())
 }
 
+/// Whoever sees that the daemon listens may end it at once.
+#[test]
+fn a_daemon_that_has_just_begun_ends_in_order() -> Result<()> {
+    for round in 0..40 {
+        let mut fixture = BlkFixture::new::<&str>([])?;
+        let status = fixture.daemon.terminate(END_LIMIT)?;
+        assert!(status.success(), "round {round}: {status}\n{}", fixture.daemon.stderr());
+        assert!(!fixture.daemon.socket().exists(), "round {round}: the socket is left behind");
+    }
+    Ok(())
+}
+
 #[test]
 fn sigterm_under_load_ends_well_and_keeps_what_was_flushed() -> Result<()> {
     for cache in ["writeback", "direct"] {

@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use rustix::process::geteuid;
 use vhost_user_daemon::sandbox::{CapabilitySet, Confinement, Needs, Sandbox};
 use vhost_user_daemon::socket::Socket;
-use vhost_user_daemon::{ConfigNotifier, ServeOptions, serve};
+use vhost_user_daemon::{ConfigNotifier, ServeOptions, hold_signals, serve};
 
 use crate::args::Args;
 use crate::device::{DeviceOptions, Ninep};
@@ -37,6 +37,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         }
     }
     let journal = args.state_file.as_deref().map(Journal::open).transpose()?.map(Arc::new);
+    hold_signals().context("Signals cannot be held back")?;
     let mut socket = Socket::from_args(&args.common.socket)?;
     for path in directories(args) {
         warn_of_permissions(path, args.read_only);

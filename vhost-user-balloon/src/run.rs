@@ -6,7 +6,7 @@ use anyhow::{Context, ensure};
 use log::{info, warn};
 use vhost_user_daemon::control::Bell;
 use vhost_user_daemon::socket::Socket;
-use vhost_user_daemon::{ConfigNotifier, ServeOptions, serve};
+use vhost_user_daemon::{ConfigNotifier, ServeOptions, hold_signals, serve};
 
 use crate::args::Args;
 use crate::control::{self, Announcer, Controlled};
@@ -22,6 +22,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         "--socket-path and --control-socket are the same: virtual machine monitors and commands need a socket each"
     );
     let state_file = args.state_file.as_deref().map(StateFile::open).transpose()?;
+    hold_signals().context("Signals cannot be held back")?;
     let control_socket = args.control.open()?;
     let socket = Socket::from_args(&args.common.socket)?;
     if args.no_discard {

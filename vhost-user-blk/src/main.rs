@@ -9,7 +9,7 @@ use vhost_user_blk::args::{Args, CAPABILITIES, Cache};
 use vhost_user_blk::device::{Disk, DiskOptions};
 use vhost_user_blk::image::Image;
 use vhost_user_daemon::socket::Socket;
-use vhost_user_daemon::{ConfigNotifier, ServeOptions, cli, serve};
+use vhost_user_daemon::{ConfigNotifier, ServeOptions, cli, hold_signals, serve};
 
 fn main() -> ExitCode {
     let args: Args = cli::parse(&CAPABILITIES);
@@ -34,6 +34,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         },
     ));
     disk.check_engine()?;
+    hold_signals().context("Signals cannot be held back")?;
     let socket = Socket::from_args(&args.common.socket)?;
     info!(
         "vhost-user-blk {} serves {}: {} bytes in blocks of {}{}",

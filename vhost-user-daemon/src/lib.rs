@@ -21,7 +21,8 @@
 //! | [`throttle`] | token buckets for bytes and operations, for a worker that never sleeps |
 //! | [`log`](mod@log) | set-up of the logger, and macros for what a guest can trigger |
 //!
-//! A daemon parses its flags, opens what it serves, and calls [`serve()`], or [`serve_all()`] for several devices.
+//! A daemon parses its flags, opens what it serves, and calls [`serve()`], or [`serve_all()`] for several devices. Before
+//! it has a socket it calls [`hold_signals()`].
 
 mod backend;
 pub mod bell;
@@ -48,7 +49,7 @@ pub use crate::chain::{Chain, Source};
 pub use crate::device::{Device, Network, Progress, SharedRegion, Worker};
 pub use crate::link::ConfigNotifier;
 pub use crate::ring::{Ring, SharedRing};
-pub use crate::serve::{ServeOptions, Served, serve, serve_all};
+pub use crate::serve::{ServeOptions, Served, hold_signals, serve, serve_all};
 
 use vhost::vhost_user::message::VhostUserVirtioFeatures;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;

@@ -23,6 +23,7 @@ use vhost_user_backend::VhostUserDaemon;
 
 use self::arrivals::Arrivals;
 pub(crate) use self::notify::connect as connect_to_service_manager;
+pub use self::signals::hold_signals;
 use self::signals::{Signals, wait};
 use crate::backend::Backend;
 use crate::cli::chain;

@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use log::info;
 use vhost_user_daemon::serve::{Served, serve_all};
 use vhost_user_daemon::socket::{Socket, SocketOptions, inherited_fd};
-use vhost_user_daemon::{ConfigNotifier, ServeOptions};
+use vhost_user_daemon::{ConfigNotifier, ServeOptions, hold_signals};
 
 use crate::args::{Args, OffloadChoice, PortSocket};
 use crate::counters::Counters;
@@ -31,6 +31,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     args.service.init_log();
     check(args)?;
     let port = if has_port(args) { Some(open_port(args)?) } else { None };
+    hold_signals().context("Signals cannot be held back")?;
     let sockets = sockets(args)?;
     // Last, as it empties the file.
     let capture = match &args.pcap {

@@ -9,7 +9,8 @@
 //! that exist would stay outside, so it refuses. That makes an order for `main`:
 //!
 //! 1. parse the flags, start the logger;
-//! 2. open what has a path (images, logs, a state file), and the socket: [`Socket::from_args`];
+//! 2. open what has a path (images, logs, a state file), [hold the signals](crate::hold_signals), and open the socket:
+//!    [`Socket::from_args`];
 //! 3. look up what comes from a database (`--socket-group` is by the socket; names of users and groups);
 //! 4. [`Sandbox::enter`], with the directories that are served and the sockets;
 //! 5. make the device, start threads, [`serve`](crate::serve()).

@@ -8,12 +8,26 @@ use std::thread;
 use std::time::Duration;
 
 use log::error;
+use nix::sys::signal::{SigSet, Signal};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
 
 use super::DRAIN_TIMEOUT;
+
+/// Keeps back what would end a process that does not catch it yet: the signals that [`serve`](crate::serve()) answers.
+/// Those that come wait for it.
+///
+/// Call it in the thread that will serve, before anybody can see that there is a socket and take the daemon for one that
+/// is ready: told to end in between, it would leave the socket behind.
+pub fn hold_signals() -> io::Result<()> {
+    Ok(answered().thread_block()?)
+}
+
+fn answered() -> SigSet {
+    [Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1].into_iter().collect()
+}
 
 /// SIGTERM, SIGINT and SIGUSR1 as file descriptors that become readable.
 pub(super) struct Signals {
@@ -47,6 +61,8 @@ impl Signals {
                 std::process::exit(1);
             }
         })?;
+        // What was held back comes now.
+        answered().thread_unblock()?;
         Ok(signals)
     }
 
