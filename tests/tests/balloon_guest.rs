@@ -3,6 +3,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use rustix::process::Signal;
 use serde_json::json;
 use tempfile::TempDir;
 use tests::driver::balloon::BalloonFixture;
@@ -470,19 +471,28 @@ await end
     Ok(())
 }
 
-/// A guest without a daemon lives on; what is in the balloon stays there.
+/// A guest without a daemon lives on. It does without what it had given: its balloon, and up to 128 MiB of free pages that it was just reporting, to nobody.
 #[test]
 fn a_guest_outlives_its_daemon() -> Result<()> {
     let mut fixture = BalloonFixture::new(["--size", "64M"])?;
     let script = "
 wait_balloon $((64 * 256))
 announce inflated
+await stopped
+fill 150
+rm /fill/file
+announce freed
 await killed
 fill 80
 rm /fill/file
 ";
-    let mut guest = guest(Vmm::Qemu, &fixture).script(script).spawn()?;
+    let mut guest = guest(Vmm::Qemu, &fixture).memory_mib(512).script(script).spawn()?;
     guest.wait_for("inflated", STEP)?;
+    fixture.daemon.signal(Signal::STOP)?;
+    guest.send("stopped")?;
+    guest.wait_for("freed", STEP)?;
+    // The guest reports two seconds after it has freed something.
+    std::thread::sleep(Duration::from_secs(4));
     fixture.daemon.kill();
     guest.send("killed")?;
     guest.wait()?.check()?;

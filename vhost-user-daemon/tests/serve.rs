@@ -129,21 +129,32 @@ impl Served {
     /// A front end with a channel, whose driver uses the device.
     fn running_front_end(&self) -> (Frontend, UnixStream) {
         let mut front_end = self.front_end();
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        front_end.set_backend_request_fd(&theirs.as_raw_fd()).unwrap();
-        let memory = tempfile::tempfile().unwrap();
-        memory.set_len(0x3000).unwrap();
-        let region = VhostUserMemoryRegionInfo {
-            guest_phys_addr: 0,
-            memory_size: 0x3000,
-            userspace_addr: 0,
-            mmap_offset: 0,
-            mmap_handle: memory.as_raw_fd(),
-        };
-        front_end.set_mem_table(&[region]).unwrap();
+        let channel = give_channel(&mut front_end);
+        share_memory(&front_end);
         start_ring(&mut front_end, 0);
-        (front_end, ours)
+        (front_end, channel)
     }
+}
+
+/// Gives the back end a channel, and returns the front end's side of it.
+fn give_channel(front_end: &mut Frontend) -> UnixStream {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    front_end.set_backend_request_fd(&theirs.as_raw_fd()).unwrap();
+    ours
+}
+
+/// Shares memory for the rings.
+fn share_memory(front_end: &Frontend) {
+    let memory = tempfile::tempfile().unwrap();
+    memory.set_len(0x3000).unwrap();
+    let region = VhostUserMemoryRegionInfo {
+        guest_phys_addr: 0,
+        memory_size: 0x3000,
+        userspace_addr: 0,
+        mmap_offset: 0,
+        mmap_handle: memory.as_raw_fd(),
+    };
+    front_end.set_mem_table(&[region]).unwrap();
 }
 
 /// Starts a ring without chains.
@@ -267,6 +278,18 @@ fn a_change_that_is_read_too_late_is_void() {
     notify(&ours);
     drop((ours, theirs));
     front_end.get_features().unwrap();
+}
+
+/// Cloud Hypervisor gives its channel after it has started the rings.
+#[test]
+fn a_change_that_came_before_the_channel_is_told_by_it() {
+    let served = Served::new();
+    let mut front_end = served.front_end();
+    share_memory(&front_end);
+    start_ring(&mut front_end, 0);
+    served.notifier.notify();
+    let mut channel = give_channel(&mut front_end);
+    receive_change(&mut channel);
 }
 
 #[test]
