@@ -116,19 +116,24 @@ impl Served {
     }
 
     fn front_end(&self) -> Frontend {
+        self.front_end_with(!ProtocolFeatures::STATUS)
+    }
+
+    /// A front end that acknowledges as many of these protocol features as are offered.
+    fn front_end_with(&self, known: ProtocolFeatures) -> Frontend {
         let mut front_end = Frontend::connect(&self.path, 2).unwrap();
         front_end.set_owner().unwrap();
         let features = front_end.get_features().unwrap();
         let offered = front_end.get_protocol_features().unwrap();
         assert!(offered.contains(ProtocolFeatures::CONFIG | ProtocolFeatures::BACKEND_REQ));
-        front_end.set_protocol_features(offered & !ProtocolFeatures::STATUS).unwrap();
+        front_end.set_protocol_features(offered & known).unwrap();
         front_end.set_features(features & !VhostUserVirtioFeatures::LOG_ALL.bits()).unwrap();
         front_end
     }
 
-    /// A front end with a channel, whose driver uses the device.
+    /// A front end with a channel, whose driver uses the device. As QEMU, it knows all protocol features.
     fn running_front_end(&self) -> (Frontend, UnixStream) {
-        let mut front_end = self.front_end();
+        let mut front_end = self.front_end_with(ProtocolFeatures::all());
         let channel = give_channel(&mut front_end);
         share_memory(&front_end);
         start_ring(&mut front_end, 0);
@@ -289,6 +294,9 @@ fn a_change_that_came_before_the_channel_is_told_by_it() {
     start_ring(&mut front_end, 0);
     served.notifier.notify();
     let mut channel = give_channel(&mut front_end);
+    // Nor does it wait for the rest of a message of which it has read a part.
+    eventually("a message", || (ioctl_fionread(&channel).unwrap() > 0).then_some(()));
+    assert_eq!(ioctl_fionread(&channel).unwrap(), 12);
     receive_change(&mut channel);
 }
 

@@ -4,11 +4,11 @@
 //! paused or no driver uses the device. Not to send it then is not enough: QEMU reads this channel in its main loop, and
 //! what was sent to a running device may be read when that has been stopped.
 //!
-//! So the message goes in two parts. Who has read a first byte waits for the rest, and QEMU does so under the lock that
-//! it needs to stop or start a device. When the byte is read, nothing can change any more, and all that was changed
-//! before is known here, as QEMU stops a ring by a message that it awaits the answer of. The rest makes
-//! the message the one that was meant, or, if the device was stopped meanwhile, one that QEMU does not know and does
-//! nothing about but say so.
+//! So the message goes to QEMU in two parts. It waits for the rest of what it has begun to read, under the lock that it
+//! needs to stop or start a device. Once the first byte is read, nothing can change any more, and all that was changed
+//! before is known here, as QEMU stops a ring by a message that it awaits the answer of. The rest makes the message the
+//! one that was meant, or, if the device was stopped meanwhile, one that QEMU does not know and does nothing about but
+//! say so.
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -24,7 +24,7 @@ const CONFIG_CHANGE_MSG: u32 = 2;
 /// No message: the highest number that begins with the same byte.
 const VOID_MSG: u32 = u32::from_le_bytes([CONFIG_CHANGE_MSG as u8, 0xff, 0xff, 0x7f]);
 /// How often it is looked whether the front end has read, at first and at last. QEMU stands still meanwhile.
-const PACE: [Duration; 2] = [Duration::from_micros(50), Duration::from_millis(5)];
+const PACE: [Duration; 2] = [Duration::from_micros(50), Duration::from_millis(2)];
 
 /// Tells the front end that the configuration space changed, so that the guest's driver reads it again: the new size
 /// of a disk, the new target of a balloon.

@@ -373,15 +373,11 @@ impl<D: Device> Link<D> {
     fn get_features(&mut self) -> Result<Answer, Refusal> {
         // User Mode Linux has no GET_VRING_BASE, and without the bit no SET_VRING_ENABLE either. When its driver goes, it
         // only asks this once more, as a barrier, and the memory of the rings is used for other things then.
-        if self.features_set && !self.acked_protocol_bit() {
+        let can_disable = self.acked_features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0;
+        if self.features_set && !can_disable {
             self.stop_rings()?;
         }
         Ok(Answer::Reply(self.features.as_bytes().into()))
-    }
-
-    /// Whether the front end acknowledged that it knows `SET_VRING_ENABLE` (bit 30).
-    fn acked_protocol_bit(&self) -> bool {
-        self.acked_features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0
     }
 
     fn set_features(&mut self, message: &Message) -> Result<Answer, Refusal> {
@@ -441,8 +437,9 @@ impl<D: Device> Link<D> {
             // The stock crates tell a worker only of the contrary.
             (self.nudge)(index as usize);
         } else if is_running {
-            // User Mode Linux, which never acknowledges the bit, loses what it has read of a message in parts.
-            self.notifier.start(self.acked_protocol_bit());
+            // By this feature QEMU is known, which needs it. Others may take a part of a message for an error, or lose it,
+            // as User Mode Linux does.
+            self.notifier.start(self.acked_protocol_features.contains(ProtocolFeatures::STATUS));
         }
         Ok(())
     }
