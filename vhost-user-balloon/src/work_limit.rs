@@ -2,7 +2,7 @@
 //!
 //! A guest can give and take the same pages for ever, and each of them is work for the host. What is limited is the
 //! time of the processor that this takes, whatever the requests are. A guest that does what it is asked for never
-//! comes near the limit: moving 50 GiB takes less than the time that may be spent at once.
+//! comes near the limit: moving 30 GiB takes less than the time that may be spent at once.
 
 use std::num::NonZeroU64;
 use std::time::{Duration, Instant};
