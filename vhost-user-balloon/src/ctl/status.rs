@@ -58,8 +58,12 @@ pub(super) fn minimum(status: &Status) -> String {
     if wanted(status) == status.requested_bytes {
         return String::new();
     }
-    let (requested, kept) = (size(status.requested_bytes), size(status.min_guest_memory_bytes));
-    format!(" ({requested} were asked for, but the guest keeps {kept})")
+    let requested = size(status.requested_bytes);
+    let reason = match status.min_guest_memory_bytes {
+        0 => format!("has {}", size(status.guest_memory_bytes)),
+        kept => format!("keeps {}", size(kept)),
+    };
+    format!(" ({requested} were asked for, but the guest {reason})")
 }
 
 /// What is going on.
