@@ -149,15 +149,21 @@ impl Listener {
                 Peer::Messages { socket: socket.into(), control: None }
             }
             Self::Vde(_, folder) => {
-                let mut control = UnixStream::from(accepted()?);
-                let mut request = [0; VDE_REQUEST];
-                control.read_exact(&mut request).context("The request of a VDE port is too short")?;
-                ensure!(request[..4] == 0xfeed_face_u32.to_ne_bytes(), "No magic in {request:02x?}");
-                ensure!(request[4..8] == 3_u32.to_ne_bytes(), "Another version in {request:02x?}");
-                let own = path_in(&request[14..12 + VDE_ADDRESS]);
                 let data = folder.join("data");
                 let socket = UnixDatagram::bind(&data)?;
-                socket.connect(own).context("The daemon's own socket is not there")?;
+                let mut control = loop {
+                    let mut control = UnixStream::from(accepted()?);
+                    let mut request = [0; VDE_REQUEST];
+                    control.read_exact(&mut request).context("The request of a VDE port is too short")?;
+                    ensure!(request[..4] == 0xfeed_face_u32.to_ne_bytes(), "No magic in {request:02x?}");
+                    ensure!(request[4..8] == 3_u32.to_ne_bytes(), "Another version in {request:02x?}");
+                    match socket.connect(path_in(&request[14..12 + VDE_ADDRESS])) {
+                        Ok(()) => break control,
+                        // A daemon that was not answered in a second has taken its socket away, and comes again.
+                        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                        Err(error) => return Err(error).context("The daemon's own socket is not there"),
+                    }
+                };
                 socket.set_read_timeout(Some(LIMIT))?;
                 socket.set_write_timeout(Some(LIMIT))?;
                 let mut answer = (libc::AF_UNIX as u16).to_ne_bytes().to_vec();

@@ -11,6 +11,8 @@ use serde_json::Value;
 
 /// Longest time to wait for an answer.
 const TIMEOUT: Duration = Duration::from_secs(20);
+/// How often to look at what nothing signals.
+const LOOK_EVERY: Duration = Duration::from_millis(2);
 
 /// A control socket.
 #[derive(Clone, Debug)]
@@ -89,19 +91,23 @@ impl Control {
         value.with_context(|| format!("The status has no number {name}: {status}"))
     }
 
-    /// Asks the guest for statistics, in a thread that ends when they are there.
+    /// Asks the guest for statistics, and waits until they are there. Its driver has to run, or to be about to.
+    pub fn fresh_statistics(&self) -> Result<Value> {
+        let deadline = Instant::now() + TIMEOUT;
+        loop {
+            let answer = self.request("GET", "/v1/statistics?fresh=1&timeout_ms=15000", None)?;
+            // The daemon looks at queues that start or go on a moment later than it is told of them.
+            if answer.status != 409 || Instant::now() > deadline {
+                return answer.json();
+            }
+            thread::sleep(LOOK_EVERY);
+        }
+    }
+
+    /// The same in a thread that ends when they are there.
     pub fn ask_statistics(&self) -> JoinHandle<Result<Value>> {
         let control = self.clone();
-        thread::spawn(move || {
-            let deadline = Instant::now() + TIMEOUT;
-            loop {
-                let answer = control.request("GET", "/v1/statistics?fresh=1&timeout_ms=15000", None)?;
-                // The daemon looks at queues that go on a moment later than it says so.
-                if answer.status != 409 || Instant::now() > deadline {
-                    return answer.json();
-                }
-            }
-        })
+        thread::spawn(move || control.fresh_statistics())
     }
 
     /// The events from now on.
@@ -138,6 +144,12 @@ pub struct Events {
 }
 
 impl Events {
+    /// Waits this long for each event: a guest takes its time on a loaded machine.
+    pub fn with_limit(self, limit: Duration) -> Result<Self> {
+        self.reader.get_ref().set_read_timeout(Some(limit))?;
+        Ok(self)
+    }
+
     /// The next event.
     pub fn next_event(&mut self) -> Result<Value> {
         loop {
