@@ -258,8 +258,8 @@ impl Default for GuestSettings {
 pub struct ScriptConfig {
     /// The script. In a file, a relative name begins at the folder of the configuration.
     pub file: PathBuf,
-    /// The script is stopped after so many operations in a tick, and after half a second in any case. 200000: some
-    /// milliseconds.
+    /// The script is stopped after so many operations in a tick, and after half a second of processor time in any case.
+    /// 200000: some milliseconds.
     #[serde(default = "default_operations")]
     pub operations: u64,
 }

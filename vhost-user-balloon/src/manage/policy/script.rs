@@ -27,9 +27,9 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::time::Instant;
 
 use rhai::{AST, Dynamic, Engine, EvalAltResult, FLOAT, INT, Map, Scope};
+use rustix::time::{ClockId, clock_gettime};
 
 use super::comfort::Comfort;
 use crate::manage::account::{budget, ceiling, floor, held, managed, used};
@@ -50,7 +50,8 @@ const DEPTH: usize = 64;
 const VARIABLES: usize = 256;
 /// Functions that a script can have.
 const FUNCTIONS: usize = 128;
-/// How long a decision may take, milliseconds: a single operation on a large array takes much longer than others.
+/// How long a decision may take, milliseconds: a single operation on a large array takes much longer than others. Of the
+/// thread's own time, as a decision is needed most where others have the processor.
 const LONGEST_MS: u64 = 500;
 /// The clock is looked at after so many operations.
 const LOOK: u64 = 64;
@@ -72,8 +73,7 @@ pub struct Script {
 /// What a call of the script has done so far.
 #[derive(Debug)]
 struct Call {
-    epoch: Instant,
-    /// When it began, milliseconds since the epoch.
+    /// When it began, by the clock of its thread, milliseconds.
     began: AtomicU64,
     /// Lines that it has printed.
     lines: AtomicU32,
@@ -81,20 +81,21 @@ struct Call {
 
 impl Call {
     fn new() -> Arc<Self> {
-        Arc::new(Self { epoch: Instant::now(), began: AtomicU64::new(0), lines: AtomicU32::new(0) })
+        Arc::new(Self { began: AtomicU64::new(0), lines: AtomicU32::new(0) })
     }
 
-    fn now(&self) -> u64 {
-        self.epoch.elapsed().as_millis() as u64
+    fn now() -> u64 {
+        let now = clock_gettime(ClockId::ThreadCPUTime);
+        now.tv_sec as u64 * 1000 + now.tv_nsec as u64 / 1_000_000
     }
 
     fn begin(&self) {
-        self.began.store(self.now(), Ordering::Relaxed);
+        self.began.store(Self::now(), Ordering::Relaxed);
         self.lines.store(0, Ordering::Relaxed);
     }
 
     fn is_too_long(&self) -> bool {
-        self.now().saturating_sub(self.began.load(Ordering::Relaxed)) > LONGEST_MS
+        Self::now().saturating_sub(self.began.load(Ordering::Relaxed)) > LONGEST_MS
     }
 
     /// Whether one more line may be printed.
