@@ -14,11 +14,11 @@ use tests::guest::{BalloonOptions, Guest, Running, Vmm};
 use tests::provision::Series;
 
 const MIB: u64 = 1 << 20;
-const STEP: Duration = Duration::from_secs(120);
+const STEP: Duration = Duration::from_secs(240);
 
 /// A guest on a daemon's balloon.
 fn guest(vmm: Vmm, fixture: &BalloonFixture) -> Guest {
-    Guest::new(vmm).timeout(Duration::from_secs(240)).balloon(fixture.socket(), BalloonOptions::default())
+    Guest::new(vmm).timeout(Duration::from_secs(480)).balloon(fixture.socket(), BalloonOptions::default())
 }
 
 /// Asks for a balloon of so many MiB and waits until the guest has it, and the host what was in it.

@@ -13,7 +13,7 @@ use tests::guest::qmp::Monitor;
 use tests::guest::{BalloonOptions, Guest, Running, Vmm};
 
 const MIB: u64 = 1 << 20;
-const STEP: Duration = Duration::from_secs(120);
+const STEP: Duration = Duration::from_secs(240);
 
 /// A daemon, a guest in QEMU and its monitor.
 struct Machine {
@@ -29,7 +29,7 @@ impl Machine {
         let folder = TempDir::with_prefix("monitor-")?;
         let path: &Path = &folder.path().join("qmp");
         let guest = Guest::new(Vmm::Qemu)
-            .timeout(Duration::from_secs(240))
+            .timeout(Duration::from_secs(480))
             .balloon(fixture.socket(), BalloonOptions::default())
             .script("announce up\nawait end")
             .monitor(path);
